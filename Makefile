@@ -1,0 +1,35 @@
+# The README's commands. Each target sets up .venv when it is missing or older than the lock file.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+TESTS ?= tests
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@echo "Setting up $(VENV) (about two minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --disable-pip-version-check -r requirements.lock
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps -e .
+	@$(BIN)/pip check --disable-pip-version-check >/dev/null
+	@touch $@
+
+.PHONY: setup train test test-long lint bench
+setup: $(VENV)/.ready
+
+train: setup
+	@$(BIN)/python -m transmamba.train $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest -m "not long and not gpu" $(TESTS)
+
+test-long: setup
+	@$(BIN)/python -m pytest -m "long and not gpu" --timeout 1800 $(TESTS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+bench: setup
+	@$(BIN)/transmamba bench kernels
+	@$(BIN)/transmamba bench step

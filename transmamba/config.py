@@ -1,0 +1,275 @@
+"""Every knob of a run: name, type, range, default and unit. Sizes are global. Imports no torch."""
+
+import math
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+_SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_count(value: object) -> object:
+    """Read human sizes such as "50M" or "1.5k" as integers; anything else passes through to the type check."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbBgGtT]?)", value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    number = float(match[1]) * _SCALES[match[2].lower()]
+    return int(number) if number == int(number) else value
+
+
+def parse_seconds(value: object) -> object:
+    """Read human durations such as "90s" or "2h" as seconds; anything else passes through to the type check."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value) if isinstance(value, str) else None
+    return value if match is None else float(match[1]) * _UNITS_S[match[2]]
+
+
+def parse_point(value: object) -> object:
+    """Read "inf" as infinity; integers are tokens, floats in (0, 1] are fractions of seq_len."""
+    return math.inf if value in ("inf", ".inf") else value
+
+
+def check_point(value: int | float) -> int | float:
+    """Refuse what is neither a token count, a fraction nor infinity (ValueError)."""
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError("a TransPoint in tokens is 0 or more")
+    elif not (0 < value <= 1 or value == math.inf):
+        raise ValueError("a TransPoint is a whole number of tokens, a fraction of seq_len in (0, 1] or inf")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+Point = Annotated[int | float, BeforeValidator(parse_point), AfterValidator(check_point)]
+ScheduleName = Literal[
+    "cycle", "explicit", "uniform", "log", "attention_only", "mamba_only", "layer_hybrid", "random",
+    "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    """A group of keys: unknown keys and silent type conversions are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(Section):
+    kind: Literal["transmamba", "transformer", "mamba2", "hybrid"] = "transmamba"
+    """Layer kind; `hybrid` mixes transformer and mamba2 layers by `pattern`."""
+    n_layers: int = Field(default=8, ge=1)
+    """Layers; each is one mixer and one feed-forward network."""
+    d_model: int = Field(default=128, ge=1)
+    """Model width."""
+    n_heads: int = Field(default=8, ge=1)
+    """Attention heads, and scan heads of the transmamba kind."""
+    head_dim: int | None = Field(default=None, ge=2)
+    """Width of a head (keys, queries, values and state); null means d_model / n_heads."""
+    d_ff: int = Field(default=352, ge=0)
+    """SwiGLU width; 0 leaves the feed-forward network out."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Embedding rows; null means the tokenizer's size. Rounded up to a multiple of 128 either way."""
+    tied: bool = True
+    """Input and output embeddings are one tensor."""
+    rope: Literal["attention", "both", "none"] = "attention"
+    """Which readings rotate queries and keys (options A, B, C of the design)."""
+    rope_theta: float = Field(default=10000.0, gt=1)
+    """Base of the rotary frequencies."""
+    conv_width: int = Field(default=4, ge=1, le=8)
+    """Taps of the causal depthwise convolution."""
+    conv_activation: Literal["silu", "none"] = "silu"
+    """Nonlinearity after the convolution."""
+    mixer_norm: Literal["head", "none"] = "head"
+    """RMSNorm of the mixer's output, per head."""
+    d_skip: bool = True
+    """The scan's skip connection D."""
+    dt_min: float = Field(default=1e-3, gt=0)
+    """Smallest initial time step."""
+    dt_max: float = Field(default=1e-1, gt=0)
+    """Largest initial time step."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of every RMSNorm."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 n_layers)."""
+    ssm_expand: int = Field(default=2, ge=1)
+    """mamba2 layers: inner width over d_model."""
+    ssm_head_dim: int = Field(default=64, ge=1)
+    """mamba2 layers: value width of a head."""
+    ssm_state: int = Field(default=128, ge=1)
+    """mamba2 layers: key (state) width."""
+    ssm_groups: int = Field(default=1, ge=1)
+    """mamba2 layers: groups that share B and C."""
+    pattern: str = "MMMAMMM"
+    """hybrid kind: A (attention) and M (mamba2) tiled over the layers."""
+
+
+class TranspointChange(Section):
+    step: int = Field(ge=1)
+    """First training step that uses this schedule."""
+    schedule: ScheduleName = "explicit"
+    points: list[Point] | None = None
+
+
+class TranspointConfig(Section):
+    schedule: ScheduleName = "cycle"
+    """How each layer's TransPoint is chosen; `points` overrules it."""
+    points: list[Point] | None = None
+    """Tokens, fractions of seq_len or inf; tiled over the layers."""
+    period: int = Field(default=8, ge=2)
+    """uniform and log: layers until the schedule repeats."""
+    attention_every: int = Field(default=8, ge=1)
+    """layer_hybrid: one layer in so many is attention, the others are scans."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """random: which draw."""
+    changes: list[TranspointChange] = Field(default_factory=list)
+    """Schedules that take over at later steps."""
+
+
+class DataConfig(Section):
+    path: str | None = None
+    """Folder written by `transmamba data prepare`; null means the built-in documentation corpus."""
+    seq_len: Count = Field(default=256, ge=2)
+    """Tokens per training window."""
+    document_mask: bool = True
+    """Attention, convolution, state and positions start anew at every document."""
+    shuffle_shards: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
+    """Shards whose windows are shuffled together."""
+    skip: list[str] = Field(default_factory=list)
+    """Ranges "first:last" of data steps to leave out (last excluded)."""
+    blend: dict[str, float] | None = None
+    """Weighted sources."""
+
+
+class TrainConfig(Section):
+    steps: Count | None = Field(default=None, ge=1)
+    """Optimizer steps of the whole run."""
+    tokens: Count | None = Field(default=None, ge=1)
+    """Tokens of the whole run, instead of steps."""
+    global_batch: Count = Field(default=8, ge=1)
+    """Windows per optimizer step."""
+    micro_batch: Count = Field(default=8, ge=1)
+    """Windows per forward pass and rank."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation per layer."""
+    replica_check_every: int = Field(default=0, ge=0)
+    """Steps between comparisons of replicated weights; 0 is off."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; null chooses by the machine's load."""
+    layer_stats_every: int = Field(default=0, ge=0)
+    """Steps between per-layer statistics in metrics.jsonl; 0 is off."""
+
+
+class OptimConfig(Section):
+    lr: float = Field(default=3e-3, gt=0, le=1)
+    """Peak learning rate."""
+    min_lr: float = Field(default=3e-4, ge=0)
+    """Learning rate at the end of the decay."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: [0.9, 0.95]
+    )
+    """Decay of the two moments of AdamW."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Epsilon of AdamW."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest global gradient norm; null is off."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log-partition penalty."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    unit: Literal["steps", "tokens"] = "steps"
+    """Unit of warmup and decay."""
+    warmup: Count = Field(default=20, ge=0)
+    """Length of the linear warm-up."""
+    decay: Count | None = Field(default=None, ge=0)
+    """wsd: length of the final decay; null means a tenth of the run."""
+
+
+class ParallelConfig(Section):
+    tp: int = Field(default=1, ge=1)
+    """Tensor parallel degree."""
+    pp: int = Field(default=1, ge=1)
+    """Pipeline stages."""
+    vpp: int = Field(default=1, ge=1)
+    """Model chunks per pipeline stage."""
+    cp: int = Field(default=1, ge=1)
+    """Context parallel degree."""
+    sp: bool = False
+    """Sequence parallelism of the per-token work (needs tp >= 2)."""
+
+
+class ZeroConfig(Section):
+    stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage; 0 is plain AdamW in fp32."""
+
+
+class ValidationConfig(Section):
+    every: int = Field(default=100, ge=0)
+    """Steps between validations; 0 validates at the end only."""
+    tokens: Count = Field(default=65536, ge=0)
+    """Tokens per set in a validation during training; 0 takes all. The final one takes all."""
+    sets: dict[str, str] = Field(default_factory=dict)
+    """More validation sets: name -> prepared folder (its validation split)."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=100, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(default=2, ge=2)
+    """Newest checkpoints that stay."""
+
+
+class ResumeConfig(Section):
+    mode: Literal["auto", "must", "never"] = "auto"
+    """auto continues when run.dir holds a checkpoint."""
+    allow: list[Literal["seq_len", "transpoint"]] = Field(default_factory=list)
+    """What may differ from the checkpoint."""
+
+
+class SampleConfig(Section):
+    prompt: str = "Return the "
+    """Text that the model completes before and after training; empty leaves it out."""
+    tokens: int = Field(default=40, ge=1)
+    """Tokens to add."""
+
+
+class WatchdogConfig(Section):
+    limit_s: Seconds | None = Field(default=None, gt=0)
+    """Seconds without a heartbeat that count as a hang."""
+
+
+class WandbConfig(Section):
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto is online when a key is configured, else offline."""
+    project: str = "transmamba"
+    group: str | None = None
+
+
+class RunConfig(Section):
+    dir: str | None = None
+    """Run folder; null makes a new one under runs/."""
+
+
+class Config(Section):
+    seed: int = Field(default=1234, ge=0, lt=2**63)
+    """Seed of weights and data order."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """null means bf16 on a GPU and fp32 on a CPU."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    transpoint: TranspointConfig = Field(default_factory=TranspointConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = Field(default_factory=ResumeConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
