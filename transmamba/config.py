@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_NUMBER = r"(?:0|[1-9]\d{0,17})(?:\.\d{1,18})?"  # no leading zero: "010" is neither 8 nor 10
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_count(value: object) -> object:
-    """Read human sizes such as "50M" or "1.5k" as integers; anything else passes through to the type check."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbBgGtT]?)", value) if isinstance(value, str) else None
+    """Read human sizes such as "50M" or "1.5k" as integers; the rest passes through unchanged."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e9
+    match = re.fullmatch(rf"({_NUMBER})([kKmMbBgGtT]?)", value) if isinstance(value, str) else None
     if match is None:
         return value
     number = float(match[1]) * _SCALES[match[2].lower()]
@@ -20,8 +23,8 @@ def parse_count(value: object) -> object:
 
 
 def parse_seconds(value: object) -> object:
-    """Read human durations such as "90s" or "2h" as seconds; anything else passes through to the type check."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value) if isinstance(value, str) else None
+    """Read human durations such as "90s" or "2h" as seconds; the rest passes through unchanged."""
+    match = re.fullmatch(rf"({_NUMBER})([smhd])", value) if isinstance(value, str) else None
     return value if match is None else float(match[1]) * _UNITS_S[match[2]]
 
 
@@ -42,7 +45,12 @@ def check_point(value: int | float) -> int | float:
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-Point = Annotated[int | float, BeforeValidator(parse_point), AfterValidator(check_point)]
+Point = Annotated[
+    int | Annotated[float, Field(allow_inf_nan=True)],
+    BeforeValidator(parse_point),
+    AfterValidator(check_point),
+]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
 ScheduleName = Literal[
     "cycle", "explicit", "uniform", "log", "attention_only", "mamba_only", "layer_hybrid", "random",
     "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9",
@@ -53,30 +61,34 @@ class Section(BaseModel):
     """A group of keys: unknown keys and silent type conversions are refused."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
 class ModelConfig(Section):
     kind: Literal["transmamba", "transformer", "mamba2", "hybrid"] = "transmamba"
     """Layer kind; `hybrid` mixes transformer and mamba2 layers by `pattern`."""
-    n_layers: int = Field(default=8, ge=1)
+    n_layers: int = Field(default=8, ge=1, le=10_000)
     """Layers; each is one mixer and one feed-forward network."""
-    d_model: int = Field(default=128, ge=1)
+    d_model: int = Field(default=128, ge=1, le=1_000_000)
     """Model width."""
-    n_heads: int = Field(default=8, ge=1)
+    n_heads: int = Field(default=8, ge=1, le=100_000)
     """Attention heads, and scan heads of the transmamba kind."""
-    head_dim: int | None = Field(default=None, ge=2)
+    head_dim: int | None = Field(default=None, ge=2, le=100_000)
     """Width of a head (keys, queries, values and state); null means d_model / n_heads."""
-    d_ff: int = Field(default=352, ge=0)
+    d_ff: int = Field(default=352, ge=0, le=10_000_000)
     """SwiGLU width; 0 leaves the feed-forward network out."""
-    vocab_size: int | None = Field(default=None, ge=2)
+    vocab_size: int | None = Field(default=None, ge=2, le=100_000_000)
     """Embedding rows; null means the tokenizer's size. Rounded up to a multiple of 128 either way."""
     tied: bool = True
     """Input and output embeddings are one tensor."""
     rope: Literal["attention", "both", "none"] = "attention"
     """Which readings rotate queries and keys (options A, B, C of the design)."""
-    rope_theta: float = Field(default=10000.0, gt=1)
+    rope_theta: float = Field(default=10000.0, gt=1, le=1e12)
     """Base of the rotary frequencies."""
     conv_width: int = Field(default=4, ge=1, le=8)
     """Taps of the causal depthwise convolution."""
@@ -86,41 +98,41 @@ class ModelConfig(Section):
     """RMSNorm of the mixer's output, per head."""
     d_skip: bool = True
     """The scan's skip connection D."""
-    dt_min: float = Field(default=1e-3, gt=0)
+    dt_min: float = Field(default=1e-3, gt=0, le=100)
     """Smallest initial time step."""
-    dt_max: float = Field(default=1e-1, gt=0)
+    dt_max: float = Field(default=1e-1, gt=0, le=100)
     """Largest initial time step."""
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1)
     """Epsilon of every RMSNorm."""
-    init_std: float = Field(default=0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0, le=10)
     """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 n_layers)."""
-    ssm_expand: int = Field(default=2, ge=1)
+    ssm_expand: int = Field(default=2, ge=1, le=64)
     """mamba2 layers: inner width over d_model."""
-    ssm_head_dim: int = Field(default=64, ge=1)
+    ssm_head_dim: int = Field(default=64, ge=1, le=100_000)
     """mamba2 layers: value width of a head."""
-    ssm_state: int = Field(default=128, ge=1)
+    ssm_state: int = Field(default=128, ge=1, le=100_000)
     """mamba2 layers: key (state) width."""
-    ssm_groups: int = Field(default=1, ge=1)
+    ssm_groups: int = Field(default=1, ge=1, le=100_000)
     """mamba2 layers: groups that share B and C."""
-    pattern: str = "MMMAMMM"
+    pattern: Text = "MMMAMMM"
     """hybrid kind: A (attention) and M (mamba2) tiled over the layers."""
 
 
 class TranspointChange(Section):
-    step: int = Field(ge=1)
+    step: int = Field(ge=1, le=10**12)
     """First training step that uses this schedule."""
     schedule: ScheduleName = "explicit"
-    points: list[Point] | None = None
+    points: Annotated[list[Point], Field(min_length=1)] | None = None
 
 
 class TranspointConfig(Section):
     schedule: ScheduleName = "cycle"
     """How each layer's TransPoint is chosen; `points` overrules it."""
-    points: list[Point] | None = None
+    points: Annotated[list[Point], Field(min_length=1)] | None = None
     """Tokens, fractions of seq_len or inf; tiled over the layers."""
-    period: int = Field(default=8, ge=2)
+    period: int = Field(default=8, ge=2, le=10_000)
     """uniform and log: layers until the schedule repeats."""
-    attention_every: int = Field(default=8, ge=1)
+    attention_every: int = Field(default=8, ge=1, le=10_000)
     """layer_hybrid: one layer in so many is attention, the others are scans."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """random: which draw."""
@@ -129,97 +141,97 @@ class TranspointConfig(Section):
 
 
 class DataConfig(Section):
-    path: str | None = None
+    path: Text | None = None
     """Folder written by `transmamba data prepare`; null means the built-in documentation corpus."""
-    seq_len: Count = Field(default=256, ge=2)
+    seq_len: Count = Field(default=256, ge=2, le=2**24)
     """Tokens per training window."""
     document_mask: bool = True
     """Attention, convolution, state and positions start anew at every document."""
-    shuffle_shards: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
+    shuffle_shards: Annotated[int, Field(ge=1, le=10**9)] | Literal["all"] = "all"
     """Shards whose windows are shuffled together."""
-    skip: list[str] = Field(default_factory=list)
+    skip: list[Text] = Field(default_factory=list)
     """Ranges "first:last" of data steps to leave out (last excluded)."""
-    blend: dict[str, float] | None = None
+    blend: dict[Text, float] | None = None
     """Weighted sources."""
 
 
 class TrainConfig(Section):
-    steps: Count | None = Field(default=None, ge=1)
+    steps: Annotated[Count, Field(ge=1, le=10**12)] | None = None
     """Optimizer steps of the whole run."""
-    tokens: Count | None = Field(default=None, ge=1)
+    tokens: Annotated[Count, Field(ge=1, le=10**18)] | None = None
     """Tokens of the whole run, instead of steps."""
-    global_batch: Count = Field(default=8, ge=1)
+    global_batch: Count = Field(default=8, ge=1, le=10**9)
     """Windows per optimizer step."""
-    micro_batch: Count = Field(default=8, ge=1)
-    """Windows per forward pass and rank."""
+    micro_batch: Count = Field(default=8, ge=1, le=10**9)
+    """Windows per forward pass and rank; not given, the largest divisor of global_batch up to 8."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation per layer."""
-    replica_check_every: int = Field(default=0, ge=0)
+    replica_check_every: int = Field(default=0, ge=0, le=10**12)
     """Steps between comparisons of replicated weights; 0 is off."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads; null chooses by the machine's load."""
-    layer_stats_every: int = Field(default=0, ge=0)
+    layer_stats_every: int = Field(default=0, ge=0, le=10**12)
     """Steps between per-layer statistics in metrics.jsonl; 0 is off."""
 
 
 class OptimConfig(Section):
     lr: float = Field(default=3e-3, gt=0, le=1)
     """Peak learning rate."""
-    min_lr: float = Field(default=3e-4, ge=0)
-    """Learning rate at the end of the decay."""
+    min_lr: float = Field(default=3e-4, ge=0, le=1)
+    """Learning rate at the end of the decay; not given, at most lr / 10."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
         default_factory=lambda: [0.9, 0.95]
     )
     """Decay of the two moments of AdamW."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
     """Epsilon of AdamW."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=100)
     """Decoupled weight decay of matrices."""
-    clip: float | None = Field(default=1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0, le=1e9)
     """Largest global gradient norm; null is off."""
-    z_loss: float = Field(default=0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0, le=100)
     """Weight of the squared log-partition penalty."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     unit: Literal["steps", "tokens"] = "steps"
     """Unit of warmup and decay."""
-    warmup: Count = Field(default=20, ge=0)
-    """Length of the linear warm-up."""
-    decay: Count | None = Field(default=None, ge=0)
+    warmup: Count = Field(default=20, ge=0, le=10**18)
+    """Length of the linear warm-up; not given, 20 steps or a tenth of a shorter run."""
+    decay: Annotated[Count, Field(ge=0, le=10**18)] | None = None
     """wsd: length of the final decay; null means a tenth of the run."""
 
 
 class ParallelConfig(Section):
-    tp: int = Field(default=1, ge=1)
+    tp: int = Field(default=1, ge=1, le=100_000)
     """Tensor parallel degree."""
-    pp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1, le=100_000)
     """Pipeline stages."""
-    vpp: int = Field(default=1, ge=1)
+    vpp: int = Field(default=1, ge=1, le=100_000)
     """Model chunks per pipeline stage."""
-    cp: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1, le=100_000)
     """Context parallel degree."""
     sp: bool = False
     """Sequence parallelism of the per-token work (needs tp >= 2)."""
 
 
 class ZeroConfig(Section):
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: int = Field(default=1, ge=0, le=3)
     """DeepSpeed ZeRO stage; 0 is plain AdamW in fp32."""
 
 
 class ValidationConfig(Section):
-    every: int = Field(default=100, ge=0)
+    every: int = Field(default=100, ge=0, le=10**12)
     """Steps between validations; 0 validates at the end only."""
-    tokens: Count = Field(default=65536, ge=0)
+    tokens: Count = Field(default=65536, ge=0, le=10**18)
     """Tokens per set in a validation during training; 0 takes all. The final one takes all."""
-    sets: dict[str, str] = Field(default_factory=dict)
+    sets: dict[Text, Text] = Field(default_factory=dict)
     """More validation sets: name -> prepared folder (its validation split)."""
 
 
 class CheckpointConfig(Section):
-    every: int = Field(default=100, ge=1)
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = Field(default=2, ge=2)
+    every: int = Field(default=100, ge=1, le=10**12)
+    """Steps between checkpoints; the last step is always saved. Not given, at most the run's length."""
+    keep: int = Field(default=2, ge=2, le=10**6)
     """Newest checkpoints that stay."""
 
 
@@ -231,26 +243,26 @@ class ResumeConfig(Section):
 
 
 class SampleConfig(Section):
-    prompt: str = "Return the "
+    prompt: Annotated[str, Field(max_length=4096)] = "Return the "
     """Text that the model completes before and after training; empty leaves it out."""
-    tokens: int = Field(default=40, ge=1)
+    tokens: int = Field(default=40, ge=1, le=100_000)
     """Tokens to add."""
 
 
 class WatchdogConfig(Section):
-    limit_s: Seconds | None = Field(default=None, gt=0)
+    limit_s: Annotated[Seconds, Field(gt=0, le=10**8)] | None = None
     """Seconds without a heartbeat that count as a hang."""
 
 
 class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto is online when a key is configured, else offline."""
-    project: str = "transmamba"
-    group: str | None = None
+    project: Text = "transmamba"
+    group: Text | None = None
 
 
 class RunConfig(Section):
-    dir: str | None = None
+    dir: Text | None = None
     """Run folder; null makes a new one under runs/."""
 
 
@@ -273,3 +285,40 @@ class Config(Section):
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+
+
+def total_steps(config: Config) -> int:
+    """Optimizer steps of the whole run; `train.tokens` is rounded up to whole steps (0 when neither is given)."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return -(-(config.train.tokens or 0) // tokens_per_step(config))
+
+
+def tokens_per_step(config: Config) -> int:
+    """Tokens of one global batch."""
+    return config.train.global_batch * config.data.seq_len
+
+
+def padded_vocab(n: int) -> int:
+    """Embedding rows for `n` token ids: the next multiple of 128, whatever the layout."""
+    return -(-n // 128) * 128
+
+
+def head_width(model: ModelConfig) -> int:
+    """Width of a head: `head_dim`, or d_model / n_heads."""
+    return model.head_dim or model.d_model // model.n_heads
+
+
+def fill_defaults(config: Config) -> None:
+    """Fit the defaults that depend on other keys to these; keys that were given stay as they are."""
+    steps = total_steps(config)
+    if "micro_batch" not in config.train.model_fields_set:
+        batch = config.train.global_batch
+        config.train.micro_batch = max(size for size in range(1, 9) if batch % size == 0)
+    if "min_lr" not in config.optim.model_fields_set:
+        config.optim.min_lr = min(config.optim.min_lr, config.optim.lr / 10)
+    if "warmup" not in config.optim.model_fields_set:
+        warmup = min(config.optim.warmup, steps // 10)
+        config.optim.warmup = warmup * (tokens_per_step(config) if config.optim.unit == "tokens" else 1)
+    if steps and "every" not in config.checkpoint.model_fields_set:
+        config.checkpoint.every = min(config.checkpoint.every, steps)
