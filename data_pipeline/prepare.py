@@ -1,0 +1,273 @@
+"""Text to tokens to shards: `transmamba data prepare`, and the default corpus that is built at first use."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from transmamba.data_pipeline.docstrings import read_installed_docstrings
+from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.holdout import Holdout, choose_holdout
+from transmamba.data_pipeline.manifest import FORMAT_VERSION, SPLITS, Manifest, load_manifest, save_manifest
+from transmamba.data_pipeline.progress import Advance, show_step
+from transmamba.data_pipeline.publish import check_target, publish_folder
+from transmamba.data_pipeline.text import Document, find_files, read_documents
+from transmamba.data_pipeline.tokenizer import (
+    END_OF_TEXT,
+    encode_documents,
+    end_of_text_id,
+    load_tokenizer,
+    token_bytes,
+    train_tokenizer,
+    vocab_size_of,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+DEFAULT_VOCAB_SIZE = 4096
+DEFAULT_SHARD_TOKENS = 64_000_000
+DEFAULT_VALIDATION_SHARE = 0.02
+DEFAULT_SEED = 17
+TOKENIZER_NAME = "tokenizer.json"
+# The merges of a few thousand tokens settle long before this much text.
+SAMPLE_CHARS = 16_000_000
+# Text handed to the encoder at once: enough to keep its threads busy.
+_BATCH_CHARS = 1_000_000
+
+# Split, text, tokens.
+_Encoded = tuple[str, str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Documents that can be read again, their description, and the units their reading advances by."""
+
+    documents: Callable[[], Iterable[Document]]
+    description: str
+    n_bytes: int
+
+
+def prepare(
+    sources: list[str] | None,
+    out: Path,
+    *,
+    field: str = "text",
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    tokenizer: Path | None = None,
+    eod_token: str = END_OF_TEXT,
+    validation_share: float = DEFAULT_VALIDATION_SHARE,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    seed: int = DEFAULT_SEED,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Turn text into a folder of token shards with a tokenizer and a manifest.
+
+    The same input gives the same bytes, for any number of workers. The folder appears whole or not at all;
+    prepared data that is already there is replaced.
+
+    Args:
+        sources: files, folders and globs of txt, md and jsonl; None reads the installed docstrings.
+        out: folder to make.
+        field: member of a JSON line that holds the text.
+        vocab_size: entries of the byte-level BPE to train, >= 257.
+        tokenizer: tokenizer.json to use instead of training one.
+        eod_token: its special token that ends a document.
+        validation_share: part of the text to hold out, between 0 and 1; whole documents, chosen by hash.
+        shard_tokens: most tokens in a shard.
+        seed: of the validation split.
+        workers: processes that parse modules; None is one per core. Encoding uses threads of `tokenizers`.
+        progress: show progress on stderr.
+
+    Raises:
+        DataError: nothing to read, unreadable input, an option out of range, or a target with other files.
+    """
+    _check_options(validation_share, shard_tokens, workers)
+    check_target(out)
+    given = load_tokenizer(tokenizer) if tokenizer else None
+    eod_id = end_of_text_id(given, eod_token) if given else 0
+    if given:
+        token_bytes(given)
+    source = _open_source(sources, field, workers or os.cpu_count() or 1, progress)
+    with show_step("reading text", source.n_bytes, visible=progress) as advance:
+        holdout = choose_holdout(
+            _advancing(source.documents(), advance),
+            share=validation_share,
+            seed=seed,
+            sample_chars=SAMPLE_CHARS,
+        )
+    if given is None:
+        with show_step("training the tokenizer", None, visible=progress):
+            given = train_tokenizer(holdout.sample, vocab_size=vocab_size)
+    with publish_folder(out, replace=True) as folder:
+        _write_folder(folder, source, holdout, given, eod_id, shard_tokens, progress)
+    return load_manifest(out)
+
+
+def default_corpus(cache_root: Path | None = None, progress: bool = True) -> Path:
+    """Folder of the tokenized docstring corpus, built at first use.
+
+    It is kept in `transmamba/` under `cache_root` (default: $XDG_CACHE_HOME or ~/.cache), under a name that
+    changes with the interpreter, the installed packages and the format. Several processes may build it.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
+    root = cache_root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "transmamba" / f"docstrings-{_environment_digest()}"
+    try:
+        load_manifest(folder)
+    except DataError:
+        # Absent, or damaged; both are put right by building it.
+        prepare(None, folder, progress=progress)
+    return folder
+
+
+def summary_lines(manifest: Manifest) -> list[str]:
+    """What was prepared, for the screen: one line per fact and the next command."""
+    train, validation = (manifest.splits[name] for name in SPLITS)
+    n_tokens = train.n_tokens + validation.n_tokens
+    n_bytes = train.n_text_bytes + validation.n_text_bytes
+    return [
+        f"source       {manifest.source}",
+        f"train        {train.n_documents:,} documents, {train.n_tokens:,} tokens ({len(train.shards)} shards)",
+        f"validation   {validation.n_documents:,} documents, {validation.n_tokens:,} tokens; "
+        f"gzip -9 needs {validation.gzip9_bits_per_byte:.3f} bits per byte",
+        f"tokenizer    {manifest.vocab_size:,} entries, {n_bytes / n_tokens:.2f} bytes per token",
+        f"next         python -m transmamba.train data.path={manifest.folder}",
+    ]
+
+
+def _check_options(validation_share: float, shard_tokens: int, workers: int | None) -> None:
+    if not 0 < validation_share < 1:
+        raise DataError("validation_share", f"{validation_share} is no share", "use a number between 0 and 1")
+    if shard_tokens < 1:
+        raise DataError("shard_tokens", f"{shard_tokens} is not positive", "use 1 or more")
+    if workers is not None and workers < 1:
+        raise DataError("workers", f"{workers} is not positive", "use 1 or more")
+
+
+def _open_source(sources: list[str] | None, field: str, workers: int, progress: bool) -> _Source:
+    if sources is None:
+        with show_step("reading docstrings", None, visible=progress):
+            corpus = read_installed_docstrings(workers=workers)
+        n_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.documents)
+        return _Source(lambda: corpus.documents, corpus.description, n_bytes)
+    files = find_files(sources)
+    description = f"{len(files.paths)} files of {', '.join(sources)}"
+    if files.n_skipped:
+        description += f" ({files.n_skipped} files of other kinds skipped)"
+    n_bytes = sum(path.stat().st_size for path in files.paths)
+    return _Source(lambda: read_documents(files, field=field), description, n_bytes)
+
+
+def _advancing(documents: Iterable[Document], advance: Advance) -> Iterator[Document]:
+    for document in documents:
+        yield document
+        advance(len(document.text))
+
+
+def _write_folder(
+    folder: Path,
+    source: _Source,
+    holdout: Holdout,
+    tokenizer: Tokenizer,
+    eod_id: int,
+    shard_tokens: int,
+    progress: bool,
+) -> None:
+    # Imported here because it brings torch along, which those who only read do not need.
+    from transmamba.data_pipeline.shards import SplitWriter
+
+    n_entries = vocab_size_of(tokenizer)
+    dtype = np.dtype("<u2" if n_entries <= 1 << 16 else "<u4")
+    tokenizer.save(str(folder / TOKENIZER_NAME))
+    train = SplitWriter(folder, "train", dtype=dtype, shard_tokens=shard_tokens)
+    validation = SplitWriter(folder, "validation", dtype=dtype, shard_tokens=shard_tokens)
+    n_train_bytes = n_validation_bytes = n_gzip_bytes = 0
+    gzip = zlib.compressobj(level=9, wbits=31)
+    with show_step("encoding", holdout.n_text_bytes, visible=progress) as advance:
+        for split, text, tokens in _encode(tokenizer, holdout.split(source.documents()), eod_id):
+            data = text.encode("utf-8")
+            if split == "train":
+                train.add(tokens)
+                n_train_bytes += len(data)
+            else:
+                validation.add(tokens)
+                n_validation_bytes += len(data)
+                n_gzip_bytes += len(gzip.compress(data))
+            advance(len(data))
+    n_gzip_bytes += len(gzip.flush())
+    if not n_train_bytes or not n_validation_bytes:
+        raise DataError("sources", "the text changed while it was read", "run it again")
+    splits = {
+        "train": train.finish(n_text_bytes=n_train_bytes),
+        "validation": validation.finish(
+            n_text_bytes=n_validation_bytes, gzip9_bits_per_byte=8 * n_gzip_bytes / n_validation_bytes
+        ),
+    }
+    manifest = Manifest(
+        tokenizer_file=TOKENIZER_NAME,
+        tokenizer_sha256=hashlib.sha256((folder / TOKENIZER_NAME).read_bytes()).hexdigest(),
+        vocab_size=n_entries,
+        eod_id=eod_id,
+        token_dtype=dtype.str,
+        source=source.description,
+        splits=splits,
+    )
+    save_manifest(manifest, folder)
+
+
+def _encode(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], eod_id: int) -> Iterator[_Encoded]:
+    """Yield (split, text, tokens) in order; the next batch is encoded while the caller writes the last."""
+
+    def encode(batch: list[tuple[str, str]]) -> list[np.ndarray]:
+        return encode_documents(tokenizer, [text for _, text in batch], eod_id=eod_id)
+
+    def finished(batch: list[tuple[str, str]], ids: Future[list[np.ndarray]]) -> Iterator[_Encoded]:
+        for (split, text), tokens in zip(batch, ids.result(), strict=True):
+            yield split, text, tokens
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for batch in _batches(texts):
+            running = (batch, thread.submit(encode, batch))
+            if waiting:
+                yield from finished(*waiting)
+            waiting = running
+        if waiting:
+            yield from finished(*waiting)
+
+
+def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    n_chars = 0
+    for split, text in texts:
+        batch.append((split, text))
+        n_chars += len(text)
+        if n_chars >= _BATCH_CHARS:
+            yield batch
+            batch, n_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _environment_digest() -> str:
+    packages = {
+        f"{package.name}=={package.version}"
+        for package in importlib.metadata.distributions()
+        if package.name != "transmamba"
+    }
+    lines = [platform.python_version(), str(FORMAT_VERSION), *sorted(packages)]
+    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]

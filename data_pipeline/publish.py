@@ -1,0 +1,90 @@
+"""A folder that appears whole or not at all: written aside, flushed, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.manifest import FORMAT, MANIFEST_NAME
+
+_OWN_SUFFIXES = (".tar", ".json")
+
+
+def check_target(out: Path) -> None:
+    """Refuse a target that would destroy something that is not prepared data.
+
+    Raises:
+        DataError: `out` is a file, or a folder with anything else than prepared data in it.
+    """
+    fix = "choose another --out or empty it"
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise DataError(str(out), "exists and is not a folder", fix)
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if not names:
+        return
+    foreign = [name for name in names if not name.endswith(_OWN_SUFFIXES)]
+    if foreign or not _has_own_manifest(out):
+        raise DataError(str(out), f"is not empty and holds other files ({(foreign or names)[0]})", fix)
+
+
+@contextmanager
+def publish_folder(out: Path, *, replace: bool) -> Iterator[Path]:
+    """Yield an empty folder next to `out` to write into; when the block succeeds it becomes `out`.
+
+    Args:
+        out: the final place.
+        replace: True replaces prepared data that is there; False leaves it and throws the new away, which is
+            right when several processes build the same content.
+
+    Raises:
+        DataError: the parent folder cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror})"
+        raise DataError(str(out), problem, "choose a folder that you can write") from error
+    try:
+        new = aside / "new"
+        new.mkdir()
+        yield new
+        for path in (*new.iterdir(), new):
+            _flush(path)
+        _move(new, out, aside / "old", replace=replace)
+        _flush(out.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move(new: Path, out: Path, old: Path, *, replace: bool) -> None:
+    if replace and out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        # Another process was first, with the same content.
+        if replace or not out.is_dir():
+            raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _has_own_manifest(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("format") == FORMAT

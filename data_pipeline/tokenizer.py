@@ -1,0 +1,152 @@
+"""Byte-level BPE: train, load, encode, and how many bytes of text each token stands for.
+
+E vocabulary entries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from transmamba.data_pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+N_BYTES = 256
+VOCAB_MULTIPLE = 128
+# A longer text is encoded in pieces, because the encoder keeps about 100 bytes per token until it is done.
+PIECE_CHARS = 1_000_000
+# Byte-level pre-tokenization never joins tokens over a lone line break between two words.
+_SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+def padded_vocab_size(n: int) -> int:
+    """Embedding rows for a tokenizer of `n` tokens: rounded up to 128, whatever the layout."""
+    return -(-n // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE whose only special token is `<|endoftext|>`, id 0.
+
+    The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` tokens.
+
+    Raises:
+        DataError: `vocab_size` does not hold the 256 bytes and the special token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size <= N_BYTES:
+        raise DataError("vocab_size", f"{vocab_size} is too small", f"use {N_BYTES + 1} or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`, or the one inside a folder; nothing but JSON is read and no code is run.
+
+    Raises:
+        DataError: the file is missing or no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    fix = "give the tokenizer.json of a Hugging Face tokenizer"
+    if not file.is_file():
+        raise DataError(str(file), "no such tokenizer file", fix)
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises the bare class
+        raise DataError(str(file), f"not a tokenizer ({error})", fix) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # Text that spells a special token is text: only the pipeline itself ends documents.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
+    """Id of the token that ends every document.
+
+    Raises:
+        DataError: the tokenizer has no such special token.
+    """
+    specials = {
+        entry.content: i for i, entry in tokenizer.get_added_tokens_decoder().items() if entry.special
+    }
+    if token not in specials:
+        raise DataError(
+            "tokenizer",
+            f"no special token {token!r} to end documents with (it has: {', '.join(sorted(specials))})",
+            "name one of its special tokens with --eod-token",
+        )
+    return specials[token]
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of UTF-8 text that each token id stands for: int32 [E]; 0 for special tokens and unused ids.
+
+    Bits per byte of a text are the summed nll of its tokens over ln 2 times the sum of these.
+
+    Raises:
+        DataError: the tokenizer is not byte-level, so its tokens have no fixed number of bytes.
+    """
+    description = json.loads(tokenizer.to_str())
+    if '"ByteLevel"' not in json.dumps(description["decoder"]):
+        raise DataError(
+            "tokenizer", "not a byte-level tokenizer", "use a byte-level BPE (GPT-2 or Llama-3 style)"
+        )
+    n_bytes_E = np.zeros(vocab_size_of(tokenizer), dtype=np.int32)
+    # In the byte-level alphabet one character stands for one byte.
+    for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
+        n_bytes_E[i] = len(token)
+    for i, entry in tokenizer.get_added_tokens_decoder().items():
+        n_bytes_E[i] = 0 if entry.special else len(entry.content.encode("utf-8"))
+    return n_bytes_E
+
+
+def split_long_text(text: str) -> list[str]:
+    """Cut a text into pieces of about a million characters whose encodings join to that of the whole text."""
+    pieces = []
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        cut = _SAFE_CUT.search(text, start + PIECE_CHARS)
+        if cut is None:
+            break
+        pieces.append(text[start : cut.end()])
+        start = cut.end()
+    pieces.append(text[start:])
+    return pieces
+
+
+def encode_documents(tokenizer: Tokenizer, texts: list[str], *, eod_id: int) -> list[np.ndarray]:
+    """Token ids of each text followed by `eod_id`, uint32; runs on every core that `tokenizers` may use."""
+    pieces = [split_long_text(text) for text in texts]
+    flat = [piece for group in pieces for piece in group]
+    encodings = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+    documents = []
+    for group in pieces:
+        ids = [np.array(next(encodings).ids, dtype=np.uint32) for _ in group]
+        documents.append(np.concatenate([*ids, np.array([eod_id], dtype=np.uint32)]))
+    return documents
