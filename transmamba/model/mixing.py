@@ -1,0 +1,131 @@
+"""TransMamba (arXiv 2503.24067) on one card: the same streams, read as attention or as a state-space scan."""
+# B batch, T tokens, H heads on this rank, N key/state width, V value width, C conv channels, K conv taps.
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transmamba.kernels.attention import prefix_attention
+from transmamba.kernels.causal_conv import causal_conv
+from transmamba.kernels.documents import Documents
+from transmamba.kernels.rope import rope
+from transmamba.kernels.ssd import ssd_scan
+
+
+class TokenStreams(NamedTuple):
+    """What the shared projections say about every token, before any token has seen another."""
+
+    qkv_BTC: Tensor  # rows of a head are adjacent: C = H * (N + N + V)
+    dt_BTH: Tensor
+
+
+class HeadWeights(NamedTuple):
+    """The weights that belong to heads and not to tokens."""
+
+    conv_weight_CK: Tensor
+    conv_bias_C: Tensor
+    A_log_H: Tensor
+    dt_bias_H: Tensor
+    D_H: Tensor | None
+
+
+class MixOptions(NamedTuple):
+    """Choices of the config that `mix_tokens` needs."""
+
+    head_dim: int
+    conv_activation: Literal["silu", "none"]
+    rope: Literal["attention", "both", "none"]
+    rope_theta: float
+
+
+class Readings(NamedTuple):
+    """Queries, keys and values (read by the scan as C, B and x), their time steps and decay rates."""
+
+    q_BTHN: Tensor
+    k_BTHN: Tensor
+    v_BTHV: Tensor
+    dt_BTH: Tensor
+    A_H: Tensor
+
+
+def read_streams(
+    tokens: TokenStreams,
+    heads: HeadWeights,
+    pos_BT: Tensor,
+    options: MixOptions,
+    *,
+    documents: Documents | None = None,
+    tail_BKC: Tensor | None = None,
+) -> Readings:
+    """Convolve the shared streams and split them by head (paper eq. 1 and 3); the time steps stay in float32.
+
+    `pos_BT` is every token's offset in its document; `tail_BKC` holds the K - 1 rows before the first token.
+    """
+    qkv_BTC = causal_conv(
+        tokens.qkv_BTC,
+        heads.conv_weight_CK,
+        heads.conv_bias_C,
+        documents=documents,
+        activation=options.conv_activation,
+        tail_BKC=tail_BKC,
+    )
+    q_BTHN, k_BTHN, v_BTHV = qkv_BTC.unflatten(-1, (-1, 3 * options.head_dim)).chunk(3, dim=-1)
+    if options.rope == "both":
+        q_BTHN, k_BTHN = (rope(x, pos_BT, options.rope_theta) for x in (q_BTHN, k_BTHN))
+    dt_BTH = F.softplus(tokens.dt_BTH.to(heads.dt_bias_H.dtype) + heads.dt_bias_H)
+    return Readings(q_BTHN, k_BTHN, v_BTHV, dt_BTH, -heads.A_log_H.exp())
+
+
+def mix_tokens(
+    tokens: TokenStreams,
+    heads: HeadWeights,
+    transpoint: int | float,
+    documents: Documents,
+    options: MixOptions,
+) -> Tensor:
+    """Mix all tokens of some heads: attend before the TransPoint, scan from it on (paper eq. 2-6).
+
+    Positions count from the document's start. The scan builds state only where it gives no output: that part of it is
+    the Memory Converter (eq. 8-9), so `layer_P = where(pos < P, attention, full scan)` holds exactly, gradients too.
+
+    Args:
+        tokens: projected streams of all T tokens and some heads.
+        heads: weights of the same heads.
+        transpoint: P in tokens, 0 (scan only) to inf (attention only).
+        documents: boundaries inside the window; no operation looks across them.
+        options: widths and switches.
+
+    Returns:
+        y_BTHV, in the streams' dtype.
+    """
+    q_BTHN, k_BTHN, v_BTHV, dt_BTH, A_H = read_streams(
+        tokens, heads, documents.pos_BT, options, documents=documents
+    )
+    # Tokens to attend and tokens to scan are sizes: 0 and T are as ordinary as any other.
+    attended = prefix_attention(
+        *rotate(q_BTHN, k_BTHN, documents.pos_BT, options), v_BTHV, documents, transpoint
+    )
+    first_output = documents.first_output(transpoint)
+    n_scan = documents.n_tokens if first_output < documents.n_tokens else 0
+    scanned, _ = ssd_scan(
+        c_BTGN=q_BTHN[:, :n_scan],
+        b_BTGN=k_BTHN[:, :n_scan],
+        x_BTHV=v_BTHV[:, :n_scan],
+        dt_BTH=dt_BTH[:, :n_scan],
+        A_H=A_H,
+        D_H=heads.D_H,
+        documents=documents if n_scan else None,
+        first_output=min(first_output, n_scan),
+    )
+    scanned = F.pad(scanned, (0, 0, 0, 0, 0, documents.n_tokens - n_scan))
+    is_prefix_BT11 = (documents.pos_BT < transpoint)[..., None, None]
+    return torch.where(is_prefix_BT11, attended, scanned)
+
+
+def rotate(q_BTHN: Tensor, k_BTHN: Tensor, pos_BT: Tensor, options: MixOptions) -> tuple[Tensor, Tensor]:
+    """Rotary positions for attention; the scan and the converter never see them unless `rope` says both."""
+    if options.rope != "attention":
+        return q_BTHN, k_BTHN
+    return rope(q_BTHN, pos_BT, options.rope_theta), rope(k_BTHN, pos_BT, options.rope_theta)
