@@ -1,0 +1,112 @@
+"""Causal attention inside every document, for its first tokens only, on torch's SDPA."""
+
+# B batch, T tokens, P prefix, H heads, N key width, V value width.
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from transmamba.kernels.documents import Documents, PrefixPlan
+
+
+def prefix_attention(
+    q_BTHN: Tensor,
+    k_BTHN: Tensor,
+    v_BTHV: Tensor,
+    documents: Documents,
+    prefix: int | float,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal softmax attention inside each document for its tokens with `pos < prefix`, zeros elsewhere.
+
+    Documents of several lengths are batched by padded length; no mask of T x T is ever made.
+    Source: TransMamba, arXiv 2503.24067, table 1 (the attention reading of the shared weights).
+
+    Args:
+        q_BTHN, k_BTHN, v_BTHV: queries, keys, values; any strides.
+        documents: boundaries of the B rows of T tokens.
+        prefix: attend while the offset in the document is below it; 0, `math.inf` and values above T work.
+        scale: factor on the logits; default 1 / sqrt(N).
+
+    Returns:
+        y_BTHV in the dtype of `v_BTHV`.
+
+    Raises:
+        ValueError: shapes disagree with each other or with `documents`.
+    """
+    if q_BTHN.shape != k_BTHN.shape or q_BTHN.shape[:3] != v_BTHV.shape[:3]:
+        raise ValueError(
+            f"q {tuple(q_BTHN.shape)}, k {tuple(k_BTHN.shape)}, v {tuple(v_BTHV.shape)} do not match"
+        )
+    if q_BTHN.shape[:2] != (documents.n_rows, documents.n_tokens):
+        raise ValueError(
+            f"q {tuple(q_BTHN.shape)} against {documents.n_rows} rows of {documents.n_tokens} tokens"
+        )
+    scale = 1.0 / math.sqrt(q_BTHN.shape[-1]) if scale is None else scale
+    if documents.is_whole:
+        P = int(min(max(prefix, 0), documents.n_tokens))
+        y_BPHV = _attend(q_BTHN[:, :P], k_BTHN[:, :P], v_BTHV[:, :P], scale)
+        return y_BPHV if documents.n_tokens == P else pad(y_BPHV, (0, 0, 0, 0, 0, documents.n_tokens - P))
+    plan = documents.prefix(prefix)
+    q, k, v = (_Take.apply(stream.flatten(0, 1), plan) for stream in (q_BTHN, k_BTHN, v_BTHV))
+    sizes = [n_prefixes * padded for n_prefixes, padded in plan.buckets]
+    y = [
+        _attend(*(part.unflatten(0, bucket) for part in parts), scale).flatten(0, 1)
+        for bucket, *parts in zip(plan.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    ]
+    y_padded = torch.cat(y) if y else v
+    return _Put.apply(y_padded, plan, documents.n_rows * documents.n_tokens).unflatten(0, v_BTHV.shape[:2])
+
+
+def _attend(q_BTHN: Tensor, k_BTHN: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
+    q, k, v = (stream.transpose(1, 2) for stream in (q_BTHN, k_BTHN, v_BTHV))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+
+class _TakeGrads(NamedTuple):
+    flat: Tensor
+    plan: None = None
+
+
+class _Take(torch.autograd.Function):
+    """Tokens into padded slots. Padding sends no gradient back: the adjoint writes a token at most once."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, plan: PrefixPlan) -> Tensor:
+        ctx.plan, ctx.n_flat = plan, flat.shape[0]
+        return flat.index_select(0, plan.padded_tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> _TakeGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d_slots,) = grads
+        d_flat = d_slots.new_zeros(ctx.n_flat, *d_slots.shape[1:])
+        return _TakeGrads(d_flat.index_copy_(0, ctx.plan.tokens, d_slots.index_select(0, ctx.plan.slots)))
+
+
+class _PutGrads(NamedTuple):
+    padded: Tensor
+    plan: None = None
+    n_flat: None = None
+
+
+class _Put(torch.autograd.Function):
+    """Padded slots back to tokens; tokens without a slot become 0."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, plan: PrefixPlan, n_flat: int) -> Tensor:
+        ctx.plan, ctx.n_slots = plan, padded.shape[0]
+        flat = padded.new_zeros(n_flat, *padded.shape[1:])
+        return flat.index_copy_(0, plan.tokens, padded.index_select(0, plan.slots))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> _PutGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d_flat,) = grads
+        d_padded = d_flat.new_zeros(ctx.n_slots, *d_flat.shape[1:])
+        return _PutGrads(d_padded.index_copy_(0, ctx.plan.slots, d_flat.index_select(0, ctx.plan.tokens)))
