@@ -9,7 +9,7 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,9 @@ class Corpus:
         return text
 
 
-def read_installed_docstrings(*, workers: int, max_chars: int = MAX_CHARS) -> Corpus:
+def read_installed_docstrings(
+    *, workers: int, max_chars: int = MAX_CHARS, advance: Callable[[int], None] = lambda n_chars: None
+) -> Corpus:
     """Collect the docstrings of everything installed, without importing any of it.
 
     Order: the standard library, then packages by name, modules by path; tests and vendored copies are left
@@ -74,6 +76,7 @@ def read_installed_docstrings(*, workers: int, max_chars: int = MAX_CHARS) -> Co
     Args:
         workers: processes that parse, >= 1.
         max_chars: stop after the module that reaches this many characters.
+        advance: told the characters of each document as it is read.
     """
     modules = list_modules()
     documents: list[Document] = []
@@ -88,6 +91,7 @@ def read_installed_docstrings(*, workers: int, max_chars: int = MAX_CHARS) -> Co
         documents.append(Document(name, text))
         last_module = name
         n_chars += len(text)
+        advance(len(text))
         if n_chars >= max_chars:
             break
     return Corpus(tuple(documents), len(modules), len(modules) - n_read, last_module, max_chars)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transmamba.data_pipeline.errors import DamagedData, DataError
+from transmamba.data_pipeline.text import nearest_existing
 
 FORMAT = "transmamba-tokens"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+# Token ids that each stored dtype can hold.
+_DTYPE_LIMITS = {"<u2": 1 << 16, "<u4": 1 << 32}
 # Where a tar header spells its format.
 _TAR_MAGIC_OFFSET = 257
 _TAR_MAGIC = b"ustar"
@@ -101,7 +105,7 @@ def length_bins(lengths: np.ndarray) -> tuple[LengthBin, ...]:
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest.json`; the same manifest gives the same bytes."""
-    record = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
+    record = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
     del record["folder"]
     for split in record["splits"].values():
         split["lengths"] = [list(entry.values()) for entry in split["lengths"]]
@@ -123,8 +127,8 @@ def load_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST_NAME if path.is_dir() or path.name != MANIFEST_NAME else path
     if not file.is_file():
-        fix = "make one with `transmamba data prepare SRC... --out DIR`"
-        raise DataError(str(file), "no such manifest", fix)
+        make = "make one with `transmamba data prepare SRC... --out DIR`"
+        raise DataError(str(file), "no such manifest", f"{nearest_existing(file)}, or {make}")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -138,9 +142,11 @@ def load_manifest(path: Path) -> Manifest:
         raise DataError(str(file), problem, _REBUILD)
     try:
         manifest = _manifest_of(record, file.parent)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(str(file), f"incomplete ({type(error).__name__}: {error})", _REBUILD) from error
-    _check_counts(manifest, file)
+        _check_counts(manifest, file)
+    except DataError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(str(file), f"damaged ({type(error).__name__}: {error})", _REBUILD) from error
     _check_tokenizer(manifest)
     for split in manifest.splits.values():
         for shard in split.shards:
@@ -171,7 +177,12 @@ def _check_counts(manifest: Manifest, file: Path) -> None:
     )
     if doubled:
         raise DataError(str(file), f"lists {doubled[0]} twice", _REBUILD)
-    limit = min(manifest.vocab_size, 1 << (8 * np.dtype(manifest.token_dtype).itemsize))
+    for name in (*names, manifest.tokenizer_file):
+        if Path(name).name != name:
+            raise DataError(str(file), f"names {name!r}, which is not a plain file name", _REBUILD)
+    if manifest.vocab_size > _DTYPE_LIMITS.get(manifest.token_dtype, 0):
+        problem = f"{manifest.vocab_size} token ids do not fit the dtype {manifest.token_dtype!r}"
+        raise DataError(str(file), problem, _REBUILD)
     for name, split in manifest.splits.items():
         if not split.shards or split.n_tokens != sum(shard.n_tokens for shard in split.shards):
             raise DataError(
@@ -181,10 +192,9 @@ def _check_counts(manifest: Manifest, file: Path) -> None:
             if shard.n_tokens != sum(block.n_tokens for block in shard.blocks):
                 problem = f"the blocks of {shard.name} do not add up to {shard.n_tokens} tokens"
                 raise DataError(str(file), problem, _REBUILD)
-            if not 0 <= shard.min_token_id <= shard.max_token_id < limit:
-                problem = (
-                    f"token ids {shard.min_token_id} to {shard.max_token_id} with {limit} in the vocabulary"
-                )
+            if not 0 <= shard.min_token_id <= shard.max_token_id < manifest.vocab_size:
+                ids = f"{shard.min_token_id} to {shard.max_token_id}"
+                problem = f"token ids {ids} with {manifest.vocab_size} in the vocabulary"
                 raise DataError(shard.name, problem, f"the tokenizer does not belong to it; {_REBUILD}")
     if not 0 <= manifest.eod_id < manifest.vocab_size:
         problem = f"end-of-document id {manifest.eod_id} is outside the vocabulary of {manifest.vocab_size}"
@@ -217,6 +227,9 @@ def _check_shard(manifest: Manifest, shard: Shard) -> None:
         raise DataError(str(path), f"cannot be read ({error.strerror})", "check its permissions") from error
     if magic != _TAR_MAGIC:
         raise DataError(str(path), "not a tar file", f"copy it again or {_REBUILD}")
-    end = max((block.tokens_offset for block in shard.blocks), default=0)
-    if end >= size:
-        raise DataError(str(path), f"block at byte {end} is past the end", _REBUILD)
+    width = np.dtype(manifest.token_dtype).itemsize
+    for block in shard.blocks:
+        end = max(block.tokens_offset + width * block.n_tokens, block.starts_offset + 4 * block.n_starts)
+        if end > size or min(dataclasses.astuple(block)[:4]) < 0:
+            problem = f"the block at byte {block.tokens_offset} does not fit into the file"
+            raise DataError(str(path), problem, _REBUILD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -15,15 +16,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transmamba.data_pipeline.docstrings import read_installed_docstrings
+from transmamba.data_pipeline.docstrings import MAX_CHARS, read_installed_docstrings
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.holdout import Holdout, choose_holdout
 from transmamba.data_pipeline.manifest import FORMAT_VERSION, SPLITS, Manifest, load_manifest, save_manifest
 from transmamba.data_pipeline.progress import Advance, show_step
-from transmamba.data_pipeline.publish import check_target, publish_folder
+from transmamba.data_pipeline.publish import check_target, publish_folder, remove_folder
 from transmamba.data_pipeline.text import Document, find_files, read_documents
 from transmamba.data_pipeline.tokenizer import (
     END_OF_TEXT,
+    MIN_VOCAB_SIZE,
     encode_documents,
     end_of_text_id,
     load_tokenizer,
@@ -47,6 +49,23 @@ _BATCH_CHARS = 1_000_000
 
 # Split, text, tokens.
 _Encoded = tuple[str, str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What `prepare` was asked for; its docstring explains the fields."""
+
+    out: Path
+    sources: list[str] | None = None
+    field: str = "text"
+    vocab_size: int = DEFAULT_VOCAB_SIZE
+    tokenizer: Path | None = None
+    eod_token: str = END_OF_TEXT
+    validation_share: float = DEFAULT_VALIDATION_SHARE
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    seed: int = DEFAULT_SEED
+    workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    progress: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +93,7 @@ def prepare(
 ) -> Manifest:
     """Turn text into a folder of token shards with a tokenizer and a manifest.
 
-    The same input gives the same bytes, for any number of workers. The folder appears whole or not at all;
-    prepared data that is already there is replaced.
+    The same input gives the same bytes. The folder appears whole or not at all, in place of an earlier one.
 
     Args:
         sources: files, folders and globs of txt, md and jsonl; None reads the installed docstrings.
@@ -83,8 +101,8 @@ def prepare(
         field: member of a JSON line that holds the text.
         vocab_size: entries of the byte-level BPE to train, >= 257.
         tokenizer: tokenizer.json to use instead of training one.
-        eod_token: its special token that ends a document.
-        validation_share: part of the text to hold out, between 0 and 1; whole documents, chosen by hash.
+        eod_token: special token that ends a document.
+        validation_share: part of the text to hold out, 0 to 1; whole documents, chosen by hash.
         shard_tokens: most tokens in a shard.
         seed: of the validation split.
         workers: processes that parse modules; None is one per core. Encoding uses threads of `tokenizers`.
@@ -93,25 +111,21 @@ def prepare(
     Raises:
         DataError: nothing to read, unreadable input, an option out of range, or a target with other files.
     """
-    _check_options(validation_share, shard_tokens, workers)
-    check_target(out)
-    given = load_tokenizer(tokenizer) if tokenizer else None
-    eod_id = end_of_text_id(given, eod_token) if given else 0
-    if given:
-        token_bytes(given)
-    source = _open_source(sources, field, workers or os.cpu_count() or 1, progress)
-    with show_step("reading text", source.n_bytes, visible=progress) as advance:
-        holdout = choose_holdout(
-            _advancing(source.documents(), advance),
-            share=validation_share,
-            seed=seed,
-            sample_chars=SAMPLE_CHARS,
-        )
-    if given is None:
-        with show_step("training the tokenizer", None, visible=progress):
-            given = train_tokenizer(holdout.sample, vocab_size=vocab_size)
-    with publish_folder(out, replace=True) as folder:
-        _write_folder(folder, source, holdout, given, eod_id, shard_tokens, progress)
+    options = _Options(
+        out,
+        sources,
+        field,
+        vocab_size,
+        tokenizer,
+        eod_token,
+        validation_share,
+        shard_tokens,
+        seed,
+        workers=(os.cpu_count() or 1) if workers is None else workers,
+        progress=progress,
+    )
+    _check_options(options)
+    _build(options, replace=True)
     return load_manifest(out)
 
 
@@ -130,7 +144,9 @@ def default_corpus(cache_root: Path | None = None, progress: bool = True) -> Pat
         load_manifest(folder)
     except DataError:
         # Absent, or damaged; both are put right by building it.
-        prepare(None, folder, progress=progress)
+        if folder.exists():
+            remove_folder(folder)
+        _build(_Options(folder, progress=progress), replace=False)
     return folder
 
 
@@ -141,7 +157,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
     n_bytes = train.n_text_bytes + validation.n_text_bytes
     return [
         f"source       {manifest.source}",
-        f"train        {train.n_documents:,} documents, {train.n_tokens:,} tokens ({len(train.shards)} shards)",
+        f"train        {train.n_documents:,} documents, {train.n_tokens:,} tokens",
         f"validation   {validation.n_documents:,} documents, {validation.n_tokens:,} tokens; "
         f"gzip -9 needs {validation.gzip9_bits_per_byte:.3f} bits per byte",
         f"tokenizer    {manifest.vocab_size:,} entries, {n_bytes / n_tokens:.2f} bytes per token",
@@ -149,27 +165,53 @@ def summary_lines(manifest: Manifest) -> list[str]:
     ]
 
 
-def _check_options(validation_share: float, shard_tokens: int, workers: int | None) -> None:
-    if not 0 < validation_share < 1:
-        raise DataError("validation_share", f"{validation_share} is no share", "use a number between 0 and 1")
-    if shard_tokens < 1:
-        raise DataError("shard_tokens", f"{shard_tokens} is not positive", "use 1 or more")
-    if workers is not None and workers < 1:
-        raise DataError("workers", f"{workers} is not positive", "use 1 or more")
+def _check_options(options: _Options) -> None:
+    if not 0 < options.validation_share < 1:
+        raise DataError(
+            "validation_share", f"{options.validation_share} is no share", "use a number between 0 and 1"
+        )
+    if options.vocab_size < MIN_VOCAB_SIZE:
+        raise DataError("vocab_size", f"{options.vocab_size} is too small", f"use {MIN_VOCAB_SIZE} or more")
+    for name in ("shard_tokens", "workers"):
+        value = getattr(options, name)
+        if value < 1:
+            raise DataError(name, f"{value} is not positive", "use 1 or more")
 
 
-def _open_source(sources: list[str] | None, field: str, workers: int, progress: bool) -> _Source:
-    if sources is None:
-        with show_step("reading docstrings", None, visible=progress):
-            corpus = read_installed_docstrings(workers=workers)
+def _build(options: _Options, *, replace: bool) -> None:
+    check_target(options.out)
+    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    if given:
+        # Refused now rather than after all text was encoded.
+        token_bytes(given)
+        end_of_text_id(given, options.eod_token)
+    source = _open_source(options)
+    with show_step("reading text", source.n_bytes, visible=options.progress) as advance:
+        holdout = choose_holdout(
+            _advancing(source.documents(), advance),
+            share=options.validation_share,
+            seed=options.seed,
+            sample_chars=SAMPLE_CHARS,
+        )
+    if given is None:
+        with show_step("training the tokenizer", None, visible=options.progress):
+            given = train_tokenizer(holdout.sample, vocab_size=options.vocab_size)
+    with publish_folder(options.out, replace=replace) as folder:
+        _write_folder(folder, source, holdout, given, options)
+
+
+def _open_source(options: _Options) -> _Source:
+    if options.sources is None:
+        with show_step("reading docstrings", MAX_CHARS, visible=options.progress) as advance:
+            corpus = read_installed_docstrings(workers=options.workers, advance=advance)
         n_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.documents)
         return _Source(lambda: corpus.documents, corpus.description, n_bytes)
-    files = find_files(sources)
-    description = f"{len(files.paths)} files of {', '.join(sources)}"
+    files = find_files(options.sources)
+    description = f"{len(files.paths)} files of {', '.join(options.sources)}"
     if files.n_skipped:
         description += f" ({files.n_skipped} files of other kinds skipped)"
     n_bytes = sum(path.stat().st_size for path in files.paths)
-    return _Source(lambda: read_documents(files, field=field), description, n_bytes)
+    return _Source(lambda: read_documents(files, field=options.field), description, n_bytes)
 
 
 def _advancing(documents: Iterable[Document], advance: Advance) -> Iterator[Document]:
@@ -179,25 +221,20 @@ def _advancing(documents: Iterable[Document], advance: Advance) -> Iterator[Docu
 
 
 def _write_folder(
-    folder: Path,
-    source: _Source,
-    holdout: Holdout,
-    tokenizer: Tokenizer,
-    eod_id: int,
-    shard_tokens: int,
-    progress: bool,
+    folder: Path, source: _Source, holdout: Holdout, tokenizer: Tokenizer, options: _Options
 ) -> None:
     # Imported here because it brings torch along, which those who only read do not need.
     from transmamba.data_pipeline.shards import SplitWriter
 
     n_entries = vocab_size_of(tokenizer)
+    eod_id = end_of_text_id(tokenizer, options.eod_token)
     dtype = np.dtype("<u2" if n_entries <= 1 << 16 else "<u4")
     tokenizer.save(str(folder / TOKENIZER_NAME))
-    train = SplitWriter(folder, "train", dtype=dtype, shard_tokens=shard_tokens)
-    validation = SplitWriter(folder, "validation", dtype=dtype, shard_tokens=shard_tokens)
+    train = SplitWriter(folder, "train", dtype=dtype, shard_tokens=options.shard_tokens)
+    validation = SplitWriter(folder, "validation", dtype=dtype, shard_tokens=options.shard_tokens)
     n_train_bytes = n_validation_bytes = n_gzip_bytes = 0
     gzip = zlib.compressobj(level=9, wbits=31)
-    with show_step("encoding", holdout.n_text_bytes, visible=progress) as advance:
+    with show_step("encoding", holdout.n_text_bytes, visible=options.progress) as advance:
         for split, text, tokens in _encode(tokenizer, holdout.split(source.documents()), eod_id):
             data = text.encode("utf-8")
             if split == "train":

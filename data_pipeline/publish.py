@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from transmamba.data_pipeline.errors import DataError
@@ -33,7 +33,7 @@ def check_target(out: Path) -> None:
         raise DataError(str(out), f"is not empty and holds other files ({(foreign or names)[0]})", fix)
 
 
-@contextmanager
+@contextlib.contextmanager
 def publish_folder(out: Path, *, replace: bool) -> Iterator[Path]:
     """Yield an empty folder next to `out` to write into; when the block succeeds it becomes `out`.
 
@@ -61,6 +61,14 @@ def publish_folder(out: Path, *, replace: bool) -> Iterator[Path]:
         _flush(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that nobody sees half of it; another process may remove it at the same time."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside / "old")
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _move(new: Path, out: Path, old: Path, *, replace: bool) -> None:

@@ -56,7 +56,7 @@ def find_files(sources: list[str]) -> TextFiles:
             if not candidates:
                 raise DataError(source, "the pattern matches no file", "quote it and check the folder part")
         else:
-            raise DataError(source, "no such file or folder", _nearest(path))
+            raise DataError(source, "no such file or folder", nearest_existing(path))
         known = [candidate for candidate in candidates if candidate.suffix in SUFFIXES]
         n_skipped += len(candidates) - len(known)
         for candidate in known:
@@ -141,7 +141,8 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
         raise DataError(str(path), problem, "convert it, for example with iconv -t UTF-8") from error
 
 
-def _nearest(path: Path) -> str:
+def nearest_existing(path: Path) -> str:
+    """Advice for a path that does not exist: the most similar name in the deepest folder that does."""
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-N_BYTES = 256
+# Every byte and the special token.
+MIN_VOCAB_SIZE = 257
 VOCAB_MULTIPLE = 128
 # A longer text is encoded in pieces, because the encoder keeps about 100 bytes per token until it is done.
 PIECE_CHARS = 1_000_000
@@ -42,8 +43,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size <= N_BYTES:
-        raise DataError("vocab_size", f"{vocab_size} is too small", f"use {N_BYTES + 1} or more")
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError("vocab_size", f"{vocab_size} is too small", f"use {MIN_VOCAB_SIZE} or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
