@@ -1,5 +1,6 @@
 """From the command line to a Config: Hydra composes the groups, the schema decides, every problem is told at once."""
 
+import copy
 import difflib
 import re
 from functools import reduce
@@ -7,7 +8,6 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -77,12 +77,7 @@ def to_yaml(config: Config) -> str:
         is_text = isinstance(value, str) and "${" in value
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if is_text else value
 
-    return yaml.dump(escape(config.model_dump(mode="python")), Dumper=_QuotingDumper, sort_keys=False)
-
-
-class _QuotingDumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    return plain_yaml.write(escape(config.model_dump(mode="python")))
 
 
 def _split(argv: list[str], problems: list[Problem]) -> tuple[Path | None, list[str]]:
@@ -92,7 +87,9 @@ def _split(argv: list[str], problems: list[Problem]) -> tuple[Path | None, list[
         if text == "--config" or text.startswith("--config="):
             name = text.partition("=")[2] or (rest.pop(0) if rest and "=" not in rest[0] else "")
             if not name or path is not None:
-                problems.append(Problem("--config", "needs exactly one file", name, "write --config FILE once"))
+                problems.append(
+                    Problem("--config", "needs exactly one file", name, "write --config FILE once")
+                )
             else:
                 path = Path(name)
         elif text.startswith("-"):
@@ -126,7 +123,9 @@ def _parse(text: str, problems: list[Problem]) -> Override | None:
     key = text.partition("=")[0].lstrip("+~")
     form = "write key=value; put a value with spaces, '=' or brackets in quotes: 'key=\"a=b\"'"
     if len(text) > 20_000 or "\0" in text:
-        problems.append(Problem(key[:80] or "override", "too long or not text", text, "give a shorter plain value"))
+        problems.append(
+            Problem(key[:80] or "override", "too long or not text", text, "give a shorter plain value")
+        )
     elif key and not re.fullmatch(r"[\w./@-]+", key, re.ASCII):
         problems.append(Problem(key, "unknown key", text, suggest(key)))
     else:
@@ -153,7 +152,9 @@ def _sort(
     key = override.key_or_group
     shown = text.partition("=")[2] or text
     if given.setdefault(key, text) != text:
-        problems.append(Problem(key, "given twice with different values", f"{given[key]} and {text}", "keep one"))
+        problems.append(
+            Problem(key, "given twice with different values", f"{given[key]} and {text}", "keep one")
+        )
     elif key.split(".")[0].split("/")[0] == "hydra":
         problems.append(Problem(key, "Hydra's own settings cannot be overridden", shown, "remove it"))
     elif "_target_" in text:
@@ -241,6 +242,7 @@ def _apply(values: dict[str, Any], edits: dict[str, Any]) -> None:
 def _resolve(values: dict[str, Any], problems: list[Problem]) -> None:
     """Replace every interpolation by its value; report those that cannot or must not be read, and credentials."""
     root: DictConfig | None = None
+    every_key: dict[str, Any] = {}
     for path, text in list(_strings(values, ())):
         key = ".".join(str(part) for part in path[:2])
         problem = None
@@ -250,14 +252,27 @@ def _resolve(values: dict[str, Any], problems: list[Problem]) -> None:
         elif "_target_" in text or "_target_" in path:
             problem = Problem(key, "_target_ is not read", text, "write plain values only")
         elif _REFERENCE.search(text):
-            root = OmegaConf.create(values) if root is None else root
-            problem = _interpolate(values, root, path, text)
+            if root is None:
+                every_key = _over_defaults(values)
+                root = OmegaConf.create(every_key)
+            problem = _interpolate(values, every_key, root, path, text)
         if problem is not None:
             problems.append(problem)
             _put(values, path, None)
 
 
-def _interpolate(values: dict[str, Any], root: DictConfig, path: tuple, text: str) -> Problem | None:
+def _over_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the values with the schema's defaults for keys that are not given."""
+    merged = Config().model_dump()
+    for name, value in values.items():
+        default = merged.get(name)
+        merged[name] = default | value if isinstance(default, dict) and isinstance(value, dict) else value
+    return copy.deepcopy(merged)
+
+
+def _interpolate(
+    values: dict[str, Any], every_key: dict[str, Any], root: DictConfig, path: tuple, text: str
+) -> Problem | None:
     key = ".".join(str(part) for part in path[:2])
     rest = text
     for match in _ENV_REFERENCE.finditer(text):
@@ -273,7 +288,7 @@ def _interpolate(values: dict[str, Any], root: DictConfig, path: tuple, text: st
     while names and names[0] not in chain:
         chain.append(names[0])
         target = reduce(lambda place, part: place.get(part) if isinstance(place, dict) else None,
-                        names[0].split("."), values)  # fmt: skip
+                        names[0].split("."), every_key)  # fmt: skip
         names = [] if not isinstance(target, str) else _KEY_REFERENCE.findall(target)
     if names:
         fix = "give one of these keys a plain value"

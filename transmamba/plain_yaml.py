@@ -23,8 +23,15 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, "anchors and aliases are not read", event.start_mark
+            )
         return super().compose_node(parent, index)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 for _kind, _pattern, _first in (
@@ -35,6 +42,7 @@ for _kind, _pattern, _first in (
      list("-+.0123456789")),
 ):  # fmt: skip
     _PlainLoader.add_implicit_resolver(_TAGS[_kind], re.compile(rf"(?:{_pattern})\Z"), _first)
+    _PlainDumper.add_implicit_resolver(_TAGS[_kind], re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,10 +54,14 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError([Problem("--config", "the file is too large", path, f"stay below {MAX_BYTES} bytes")])
+            raise ConfigError(
+                [Problem("--config", "the file is too large", path, f"stay below {MAX_BYTES} bytes")]
+            )
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError([Problem(str(path), "not a text file", error.reason, "save it as UTF-8")]) from error
+        raise ConfigError(
+            [Problem(str(path), "not a text file", error.reason, "save it as UTF-8")]
+        ) from error
     loader = None
     try:
         loader = _PlainLoader(text)
@@ -74,6 +86,11 @@ def read(path: Path) -> dict[str, Any]:
         fix = "write keys such as `train: {steps: 100}`"
         raise ConfigError([Problem("--config", f"the file {path} is not a mapping", value, fix)])
     return value
+
+
+def write(values: dict[str, Any]) -> str:
+    """Text that `parse` reads back equal; words that another YAML reader might take for numbers are quoted."""
+    return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def _plain(node: yaml.Node, path: Path, depth: int) -> Any:

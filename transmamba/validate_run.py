@@ -1,0 +1,146 @@
+"""The run folder before a run: writable, roomy, ours, unlocked, and in the state that `resume` expects."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transmamba import plain_yaml
+from transmamba.config import Config, padded_vocab, total_steps
+from transmamba.costs import embedding_parameters, layer_parameters
+from transmamba.errors import ConfigError, Problem
+from transmamba.transpoint import layer_kinds
+
+# Weights and two moments in fp32, plus bf16 copies and headers.
+BYTES_PER_PARAMETER = 14
+BUILT_IN_VOCAB = 8192
+# A lock of another machine counts as live while its job touches it.
+LOCK_FRESH_S = 120
+_FOREIGN = ("*.pt", "*.pth", "*.bin", "*.ckpt", "*.distcp", ".metadata", "latest", "global_step*", "iter_*")
+# Keys that a resumed run may change: they say how, how long or where to train, not what.
+_FREE_SECTIONS = {"train", "parallel", "zero", "validation", "checkpoint", "resume", "sample", "watchdog", "wandb", "run"}
+_FREE_KEYS = {"data.path", "data.skip", "optim.schedule", "optim.unit", "optim.warmup", "optim.decay"}
+
+
+def run_problems(config: Config) -> Iterator[Problem]:
+    """Problems of `run.dir` and `resume` that show without opening a checkpoint; creates nothing."""
+    folder = Path(config.run.dir or "runs")
+    ancestor = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not ancestor.is_dir():
+        fix = "give a folder, or a path that does not exist yet"
+        yield Problem("run.dir", f"{ancestor} is a file, not a folder", config.run.dir, fix)
+        return
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        fix = "give a folder that you may write to"
+        yield Problem("run.dir", f"no permission to write in {ancestor}", config.run.dir, fix)
+        return
+    yield from _space_problems(config, ancestor)
+    if config.run.dir is None:
+        if config.resume.mode == "must":
+            fix = "name the run with run.dir=PATH, or use resume=auto"
+            yield Problem("resume.mode", "must continue, but run.dir is not given", "must", fix)
+        return
+    if folder.is_dir():
+        yield from _lock_problems(folder)
+        yield from _ownership_problems(config, folder)
+    yield from _resume_problems(config, folder)
+
+
+def _space_problems(config: Config, folder: Path) -> Iterator[Problem]:
+    rows = padded_vocab(config.model.vocab_size or BUILT_IN_VOCAB)
+    n_parameters = embedding_parameters(config.model, rows)
+    n_parameters += sum(layer_parameters(config.model, kind) for kind in layer_kinds(config.model))
+    need = 1.2 * (config.checkpoint.keep + 1) * n_parameters * BYTES_PER_PARAMETER
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        fix = "free space, use another run.dir or a smaller checkpoint.keep"
+        what = f"checkpoints may need {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+        yield Problem("run.dir", what, config.run.dir or folder, fix)
+
+
+def _lock_problems(folder: Path) -> Iterator[Problem]:
+    lock = folder / "lock.json"
+    try:
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+        age_s = time.time() - lock.stat().st_mtime
+        host, pid = str(holder["host"]), int(holder["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if pid == os.getpid() and host == socket.gethostname():
+        return
+    is_live = _is_running(pid) if host == socket.gethostname() else age_s < LOCK_FRESH_S
+    if is_live:
+        what = f"in use by process {pid} on {host}, seen {age_s:.0f} s ago"
+        yield Problem("run.dir", what, folder, "wait for it, stop it, or use another run.dir")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return pid > 0
+    return pid > 0
+
+
+def _ownership_problems(config: Config, folder: Path) -> Iterator[Problem]:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return
+    try:
+        stored = _flat(plain_yaml.read(file))
+    except (ConfigError, OSError):
+        fix = "use another run.dir, or restore the file"
+        yield Problem("run.dir", f"{file} cannot be read", config.run.dir, fix)
+        return
+    free = _FREE_SECTIONS | {"transpoint" if name == "transpoint" else f"data.{name}" for name in config.resume.allow}
+    # Both sides went through YAML, so that equal configurations compare equal.
+    wanted = _flat(plain_yaml.parse(plain_yaml.write(config.model_dump()), file))
+    different = [
+        key
+        for key in wanted
+        if wanted[key] != stored.get(key) and key.split(".")[0] not in free and key not in free | _FREE_KEYS
+    ]
+    if "train.global_batch" in stored and stored["train.global_batch"] != wanted["train.global_batch"]:
+        different.append("train.global_batch")
+    if different:
+        diff = ", ".join(f"{key} {stored.get(key)} -> {wanted[key]}" for key in different[:5])
+        fix = "use another run.dir, or the values of its config.yaml"
+        if any(key.startswith(("transpoint", "data.seq_len")) for key in different):
+            fix += ", or name the change in resume.allow=[...]"
+        yield Problem("run.dir", f"belongs to another configuration: {diff}", config.run.dir, fix)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    pairs = {}
+    for name, value in values.items():
+        pairs |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return pairs
+
+
+def _resume_problems(config: Config, folder: Path) -> Iterator[Problem]:
+    mode = config.resume.mode
+    manifests = folder.glob("checkpoints/step-*/manifest.json")
+    steps = [int(text) for file in manifests if (text := file.parent.name.removeprefix("step-")).isdecimal()]
+    if steps and mode == "never":
+        fix = "use resume=auto to continue, or a new run.dir"
+        yield Problem("resume.mode", f"never, but {folder} holds a checkpoint of step {max(steps)}", mode, fix)
+    elif not steps and mode != "never" and (names := _foreign(folder)):
+        fix = "import it with `transmamba checkpoint from-hf`, or use a new run.dir"
+        yield Problem("run.dir", f"holds checkpoints of a foreign format ({', '.join(names)})", folder, fix)
+    elif not steps and mode == "must":
+        fix = "use resume=auto to start anew, or correct run.dir"
+        yield Problem("resume.mode", f"must continue, but {folder} holds no checkpoint", mode, fix)
+    elif steps and max(steps) >= total_steps(config):
+        fix = f"raise it above {max(steps)} to train longer, or use a new run.dir"
+        yield Problem("train.steps", f"the run is complete at step {max(steps)}", total_steps(config), fix)
+
+
+def _foreign(folder: Path) -> list[str]:
+    places = (folder, folder / "checkpoints")
+    return sorted({path.name for place in places for pattern in _FOREIGN for path in place.glob(pattern)})[:3]
