@@ -56,10 +56,12 @@ def prefix_attention(
     q, k, v = (_Take.apply(stream.flatten(0, 1), plan) for stream in (q_BTHN, k_BTHN, v_BTHV))
     sizes = [n_prefixes * padded for n_prefixes, padded in plan.buckets]
     y = [
-        _attend(*(part.unflatten(0, bucket) for part in parts), scale).flatten(0, 1)
-        for bucket, *parts in zip(plan.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        _attend(q_part.unflatten(0, bucket), k_part.unflatten(0, bucket), v_part.unflatten(0, bucket), scale)
+        for bucket, q_part, k_part, v_part in zip(
+            plan.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
+        )
     ]
-    y_padded = torch.cat(y) if y else v
+    y_padded = torch.cat([part.flatten(0, 1) for part in y]) if y else v
     return _Put.apply(y_padded, plan, documents.n_rows * documents.n_tokens).unflatten(0, v_BTHV.shape[:2])
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from transmamba.kernels.documents import Documents
 from transmamba.kernels.ssd.slabs import Slab, Streams, chunked, load_slab, spans, to_groups, unchunked
@@ -43,10 +44,9 @@ def scan_forward(
     for index, span in enumerate(plan):
         entering[index] = state_BHNV
         slab = load_slab(streams, span, documents)
-        states_CBHNV = _pass_states(slab, state_BHNV)
+        states_BHCNV, state_BHNV = _pass_states(slab, state_BHNV)
         if span.wants_output:
-            unchunked(y_BTHV, _outputs(slab, states_CBHNV, streams.D_H), span)
-        state_BHNV = states_CBHNV[-1]
+            unchunked(y_BTHV, _outputs(slab, states_BHCNV, streams.D_H), span)
     return y_BTHV, state_BHNV.clone(), entering
 
 
@@ -60,121 +60,137 @@ def scan_backward(
 ) -> ScanGrads:
     """Gradients, given those of the outputs and of the final state; slabs from the last to the first."""
     n_rows, n_tokens, n_heads, _ = streams.x_BTHV.shape
-    n_groups = streams.b_BTGN.shape[2]
+    work, n_groups = entering.dtype, streams.b_BTGN.shape[2]
     plan = spans(n_tokens, n_rows * n_heads, first_output)
     dc, db, dx, ddt = (torch.empty_like(stream) for stream in streams[:4])
     dc[:, :first_output] = 0
-    dA_H, dD_H = (entering.new_zeros(n_heads) for _ in range(2))
-    A_H, D_H = (
-        None if weight is None else weight.to(entering.dtype) for weight in (streams.A_H, streams.D_H)
-    )
-    assert A_H is not None
+    A_H = streams.A_H.to(work)
+    dA_H, dD_H = torch.zeros_like(A_H), torch.zeros_like(A_H)
     for span, state_BHNV in reversed(list(zip(plan, entering, strict=True))):
         slab = load_slab(streams, span, documents)
-        states_CBHNV = _pass_states(slab, state_BHNV)
-        dy_CBHLV = chunked(dy_BTHV, span, entering.dtype) if span.wants_output else None
-        dstates_CBHNV = _pass_gradients(slab, dy_CBHLV, dstate_BHNV)
-        dc_CBHLN, db_CBHLN, du_CBHLV = _chunk_gradients(slab, dy_CBHLV, states_CBHNV, dstates_CBHNV)
-        dda_CBHL = _decay_gradient(slab, dc_CBHLN, db_CBHLN, states_CBHNV, dstates_CBHNV)
-        ddt_CBHL = (slab.x_CBHLV * du_CBHLV).sum(-1).addcmul_(A_H[:, None], dda_CBHL)
-        dA_H += (slab.dt_CBHL * dda_CBHL).sum((0, 1, 3))
-        dx_CBHLV = du_CBHLV.mul_(slab.dt_CBHL[..., None])
-        if dc_CBHLN is not None:
-            unchunked(dc, to_groups(dc_CBHLN, n_groups), span)
-        if D_H is not None and dy_CBHLV is not None:
-            dx_CBHLV.addcmul_(dy_CBHLV, D_H[:, None, None])
-            dD_H += (dy_CBHLV * slab.x_CBHLV).sum((0, 1, 3, 4))
-        unchunked(db, to_groups(db_CBHLN, n_groups), span)
-        unchunked(dx, dx_CBHLV, span)
-        unchunked(ddt, ddt_CBHL, span)
-        dstate_BHNV = dstates_CBHNV[0]
+        dy_BHCLV = chunked(dy_BTHV, span, work) if span.wants_output else None
+        states_BHCNV, leaving_BHNV = _pass_states(slab, state_BHNV)
+        dleaving_BHCNV, dentering_BHNV = _pass_gradients(slab, dy_BHCLV, dstate_BHNV)
+        dlast_BHC = _last_decay_gradient(states_BHCNV, leaving_BHNV, dleaving_BHCNV)
+        dc_BHCLN, db_BHCLN, du_BHCLV = _chunk_gradients(slab, dy_BHCLV, states_BHCNV, dleaving_BHCNV)
+        dlog_BHCL = _log_decay_gradient(slab, dc_BHCLN, db_BHCLN, dlast_BHC)
+        ddt_BHCL = (slab.x_BHCLV * du_BHCLV).sum(-1).addcmul_(A_H[:, None, None], dlog_BHCL)
+        dA_H += (slab.dt_BHCL * dlog_BHCL).sum((0, 2, 3))
+        dx_BHCLV = du_BHCLV.mul_(slab.dt_BHCL[..., None])
+        if dc_BHCLN is not None:
+            unchunked(dc, to_groups(dc_BHCLN, n_groups), span)
+        if streams.D_H is not None and dy_BHCLV is not None:
+            dx_BHCLV.addcmul_(dy_BHCLV, streams.D_H.to(work)[:, None, None, None])
+            dD_H += (dy_BHCLV * slab.x_BHCLV).sum((0, 2, 3, 4))
+        unchunked(db, to_groups(db_BHCLN, n_groups), span)
+        unchunked(dx, dx_BHCLV, span)
+        unchunked(ddt, ddt_BHCL, span)
+        dstate_BHNV = dentering_BHNV
     return ScanGrads(dc, db, dx, ddt, dA_H, dD_H, dstate_BHNV)
 
 
-def _pass_states(slab: Slab, state_BHNV: Tensor) -> Tensor:
-    """Steps 2 and 3: the C states that enter the chunks, then the one that leaves the slab."""
-    weighted_CBHLV = slab.u_CBHLV * slab.write_CBHL[..., None]
-    added_CBHNV = _matmul(slab.b_CBHLN.mT, weighted_CBHLV)
-    states = added_CBHNV.new_empty(added_CBHNV.shape[0] + 1, *state_BHNV.shape)
-    states[0] = state_BHNV
-    carry_CBHNV = slab.carry_CBH[..., None, None]
-    for index in range(added_CBHNV.shape[0]):
-        torch.addcmul(added_CBHNV[index], states[index], carry_CBHNV[index], out=states[index + 1])
-    return states
+def _transfers(carry_BHC: Tensor) -> Tensor:
+    """Decay from the state that leaves chunk j to the one that enters chunk i: the carries in between, i > j."""
+    n_chunks = carry_BHC.shape[-1]
+    later = torch.ones(n_chunks, n_chunks, dtype=torch.bool, device=carry_BHC.device).tril(-1)
+    factors_BHCC = torch.where(later[:-1], carry_BHC[..., :-1, None], 1).cumprod(-2)
+    return pad(factors_BHCC, (0, 0, 1, 0)) * later
+
+
+def _pass_states(slab: Slab, state_BHNV: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps 2 and 3: the states that enter the chunks, and the one that leaves the slab."""
+    added_BHCNV = _matmul(slab.b_BHCLN.mT, slab.u_BHCLV * slab.write_BHCL[..., None])
+    carry_BHC11 = slab.carry_BHC[..., None, None]
+    added_BHCNV[:, :, 0].addcmul_(carry_BHC11[:, :, 0], state_BHNV)
+    states_BHCNV = _mix_chunks(_transfers(slab.carry_BHC), added_BHCNV)
+    states_BHCNV[:, :, 0] = state_BHNV
+    leaving_BHNV = added_BHCNV[:, :, -1]
+    if states_BHCNV.shape[2] > 1:
+        leaving_BHNV = torch.addcmul(leaving_BHNV, carry_BHC11[:, :, -1], states_BHCNV[:, :, -1])
+    return states_BHCNV, leaving_BHNV
+
+
+def _pass_gradients(slab: Slab, dy_BHCLV: Tensor | None, dstate_BHNV: Tensor) -> tuple[Tensor, Tensor]:
+    """Adjoint of step 3: gradients of the states that leave the chunks, and of the one that enters the slab."""
+    carry_BHC11 = slab.carry_BHC[..., None, None]
+    if dy_BHCLV is None:
+        read_BHCNV = dstate_BHNV.new_zeros(*slab.carry_BHC.shape, *dstate_BHNV.shape[2:])
+    else:
+        read_BHCNV = _matmul((slab.c_BHCLN * slab.read_BHCL[..., None]).mT, dy_BHCLV)
+    read_BHCNV[:, :, -1].addcmul_(carry_BHC11[:, :, -1], dstate_BHNV)
+    dleaving_BHCNV = _mix_chunks(_transfers(slab.carry_BHC).mT, read_BHCNV)
+    dleaving_BHCNV[:, :, -1] = dstate_BHNV
+    dentering_BHNV = read_BHCNV[:, :, 0]
+    if dleaving_BHCNV.shape[2] > 1:
+        dentering_BHNV = torch.addcmul(dentering_BHNV, carry_BHC11[:, :, 0], dleaving_BHCNV[:, :, 0])
+    return dleaving_BHCNV, dentering_BHNV
 
 
 def _pair_decays(slab: Slab) -> Tensor:
     """Decay from token j to token i of a chunk; 0 where i may not see j."""
-    pairs_CBHLL = slab.barrier + slab.decay_sum_CBHL[..., :, None]
-    return pairs_CBHLL.sub_(slab.decay_sum_CBHL[..., None, :]).exp_()
+    pairs_BHCLL = slab.barrier + slab.log_decay_BHCL[..., :, None]
+    return pairs_BHCLL.sub_(slab.log_decay_BHCL[..., None, :]).exp2_()
 
 
-def _outputs(slab: Slab, states_CBHNV: Tensor, D_H: Tensor | None) -> Tensor:
+def _outputs(slab: Slab, states_BHCNV: Tensor, D_H: Tensor | None) -> Tensor:
     """Step 4: what the tokens of a chunk read from each other and from the state that entered."""
-    weights_CBHLL = _pair_decays(slab).mul_(_matmul(slab.c_CBHLN, slab.b_CBHLN.mT))
-    y_CBHLV = _matmul(weights_CBHLL, slab.u_CBHLV)
-    _add_matmul(y_CBHLV, slab.c_CBHLN * slab.read_CBHL[..., None], states_CBHNV[:-1])
+    weights_BHCLL = _pair_decays(slab).mul_(_matmul(slab.c_BHCLN, slab.b_BHCLN.mT))
+    y_BHCLV = _matmul(weights_BHCLL, slab.u_BHCLV)
+    _add_matmul(y_BHCLV, slab.c_BHCLN * slab.read_BHCL[..., None], states_BHCNV)
     if D_H is not None:
-        y_CBHLV.addcmul_(slab.x_CBHLV, D_H.to(y_CBHLV.dtype)[:, None, None])
-    return y_CBHLV
-
-
-def _pass_gradients(slab: Slab, dy_CBHLV: Tensor | None, dstate_BHNV: Tensor) -> Tensor:
-    """Adjoint of step 3: gradient of the state that enters the slab, then of the C that leave chunks."""
-    n_chunks = slab.carry_CBH.shape[0]
-    dstates = dstate_BHNV.new_empty(n_chunks + 1, *dstate_BHNV.shape)
-    dstates[-1] = dstate_BHNV
-    carry_CBHNV = slab.carry_CBH[..., None, None]
-    read_CBHNV = None
-    if dy_CBHLV is not None:
-        read_CBHNV = _matmul((slab.c_CBHLN * slab.read_CBHL[..., None]).mT, dy_CBHLV)
-    for index in reversed(range(n_chunks)):
-        torch.mul(dstates[index + 1], carry_CBHNV[index], out=dstates[index])
-        if read_CBHNV is not None:
-            dstates[index] += read_CBHNV[index]
-    return dstates
+        y_BHCLV.addcmul_(slab.x_BHCLV, D_H.to(y_BHCLV.dtype)[:, None, None, None])
+    return y_BHCLV
 
 
 def _chunk_gradients(
-    slab: Slab, dy_CBHLV: Tensor | None, states_CBHNV: Tensor, dstates_CBHNV: Tensor
+    slab: Slab, dy_BHCLV: Tensor | None, states_BHCNV: Tensor, dleaving_BHCNV: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Adjoints of steps 2 and 4: gradients of c, b and u, per head."""
-    leaving_CBHNV = dstates_CBHNV[1:]
-    db_CBHLN = _matmul(slab.u_CBHLV, leaving_CBHNV.mT).mul_(slab.write_CBHL[..., None])
-    du_CBHLV = _matmul(slab.b_CBHLN, leaving_CBHNV).mul_(slab.write_CBHL[..., None])
-    if dy_CBHLV is None:
-        return None, db_CBHLN, du_CBHLV
-    pairs_CBHLL = _pair_decays(slab)
-    weights_CBHLL = _matmul(slab.c_CBHLN, slab.b_CBHLN.mT).mul_(pairs_CBHLL)
-    _add_matmul(du_CBHLV, weights_CBHLL.mT, dy_CBHLV)
-    dproduct_CBHLL = _matmul(dy_CBHLV, slab.u_CBHLV.mT).mul_(pairs_CBHLL)
-    _add_matmul(db_CBHLN, dproduct_CBHLL.mT, slab.c_CBHLN)
-    dc_CBHLN = _matmul(dy_CBHLV, states_CBHNV[:-1].mT).mul_(slab.read_CBHL[..., None])
-    _add_matmul(dc_CBHLN, dproduct_CBHLL, slab.b_CBHLN)
-    return dc_CBHLN, db_CBHLN, du_CBHLV
+    db_BHCLN = _matmul(slab.u_BHCLV, dleaving_BHCNV.mT).mul_(slab.write_BHCL[..., None])
+    du_BHCLV = _matmul(slab.b_BHCLN, dleaving_BHCNV).mul_(slab.write_BHCL[..., None])
+    if dy_BHCLV is None:
+        return None, db_BHCLN, du_BHCLV
+    pairs_BHCLL = _pair_decays(slab)
+    weights_BHCLL = _matmul(slab.c_BHCLN, slab.b_BHCLN.mT).mul_(pairs_BHCLL)
+    _add_matmul(du_BHCLV, weights_BHCLL.mT, dy_BHCLV)
+    dproduct_BHCLL = _matmul(dy_BHCLV, slab.u_BHCLV.mT).mul_(pairs_BHCLL)
+    _add_matmul(db_BHCLN, dproduct_BHCLL.mT, slab.c_BHCLN)
+    dc_BHCLN = _matmul(dy_BHCLV, states_BHCNV.mT).mul_(slab.read_BHCL[..., None])
+    _add_matmul(dc_BHCLN, dproduct_BHCLL, slab.b_BHCLN)
+    return dc_BHCLN, db_BHCLN, du_BHCLV
 
 
-def _decay_gradient(
-    slab: Slab, dc_CBHLN: Tensor | None, db_CBHLN: Tensor, states_CBHNV: Tensor, dstates_CBHNV: Tensor
-) -> Tensor:
+def _last_decay_gradient(states_BHCNV: Tensor, leaving_BHNV: Tensor, dleaving_BHCNV: Tensor) -> Tensor:
+    """<state that leaves, its gradient> of every chunk: its whole content scales with the chunk's last decay sum."""
+    inner_BHC = (states_BHCNV[:, :, 1:] * dleaving_BHCNV[:, :, :-1]).sum((-2, -1))
+    last_BH = (leaving_BHNV * dleaving_BHCNV[:, :, -1]).sum((-2, -1))
+    return torch.cat([inner_BHC, last_BH[..., None]], dim=-1)
+
+
+def _log_decay_gradient(slab: Slab, dc_BHCLN: Tensor | None, db_BHCLN: Tensor, dlast_BHC: Tensor) -> Tensor:
     """Gradient of dt * A per token.
 
-    Every decay multiplies a c or a b, so the gradient of the decay sum at a token is c.dc - b.db there, and
-    that of the chunk's last one adds <leaving state, its gradient>.
+    A decay sum enters as a factor exp(+sum) on its token's c and exp(-sum) on its b, so its gradient is
+    c.dc - b.db; a token's dt * A is in the sums of all later tokens of the chunk.
     """
-    dsum_CBHL = -(slab.b_CBHLN * db_CBHLN).sum(-1)
-    if dc_CBHLN is not None:
-        dsum_CBHL += (slab.c_CBHLN * dc_CBHLN).sum(-1)
-    dsum_CBHL[..., -1] += (states_CBHNV[1:] * dstates_CBHNV[1:]).sum((-2, -1))
-    return dsum_CBHL.flip(-1).cumsum(-1).flip(-1)
+    dsum_BHCL = -(slab.b_BHCLN * db_BHCLN).sum(-1)
+    if dc_BHCLN is not None:
+        dsum_BHCL += (slab.c_BHCLN * dc_BHCLN).sum(-1)
+    dsum_BHCL[..., -1] += dlast_BHC
+    return dsum_BHCL.flip(-1).cumsum(-1).flip(-1)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
     """Product of contiguous stacks of matrices (or of their transposes)."""
-    product = torch.bmm(left.flatten(0, 2), right.flatten(0, 2))
-    return product.unflatten(0, left.shape[:3])
+    return torch.bmm(left.flatten(0, 2), right.flatten(0, 2)).unflatten(0, left.shape[:3])
 
 
 def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add a product to a contiguous stack in place."""
     total.flatten(0, 2).baddbmm_(left.flatten(0, 2), right.flatten(0, 2))
+
+
+def _mix_chunks(weights_BHCC: Tensor, states_BHCNV: Tensor) -> Tensor:
+    """Weighted sums of the states of a slab."""
+    flat = torch.bmm(weights_BHCC.flatten(0, 1), states_BHCNV.flatten(3).flatten(0, 1))
+    return flat.view(states_BHCNV.shape)

@@ -3,6 +3,7 @@
 # B batch, T tokens, C chunks of a slab, L tokens per chunk, H heads, G groups of B and C, N key/state width,
 # V value width.
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch.nn.functional import pad
 
 from transmamba.kernels.documents import Documents
 
+LOG2_E = math.log2(
+    math.e
+)  # decays are powers of 2: torch's exp is far slower than exp2 on -inf and underflow
 OUTPUT_CHUNK = 64  # tokens per chunk where outputs are wanted: its L x L part costs as much as its states
 STATE_CHUNK = (
     256  # tokens per chunk that only builds state: the longest whose decay sum stays accurate in float32
@@ -39,22 +43,23 @@ class Streams(NamedTuple):
 
 
 class Slab(NamedTuple):
-    """One slab in chunks, in the working precision; padded tokens have dt, b, c and x equal to 0 and do nothing.
+    """One slab in chunks, in the working precision; padded tokens are 0 in dt, b, c and x and do nothing.
 
-    `read` is the decay from the entering state to a token, `write` that from a token to the leaving state,
-    `carry` that of the whole chunk; all are 0 where a document starts in between. `barrier` is added to the
-    log of the decay between two tokens of a chunk: -inf where the second may not see the first.
+    `log_decay` is the sum of dt * A from the start of a chunk, in units of log 2. `read` is the decay from the
+    state that enters a chunk to a token, `write` that from a token to the state that leaves, `carry` that of the
+    whole chunk; all are 0 where a document starts in between. `barrier` is added to the log of the decay between
+    two tokens of a chunk: -inf where the first may not see the second.
     """
 
-    c_CBHLN: Tensor
-    b_CBHLN: Tensor
-    x_CBHLV: Tensor
-    u_CBHLV: Tensor
-    dt_CBHL: Tensor
-    decay_sum_CBHL: Tensor
-    read_CBHL: Tensor
-    write_CBHL: Tensor
-    carry_CBH: Tensor
+    c_BHCLN: Tensor
+    b_BHCLN: Tensor
+    x_BHCLV: Tensor
+    u_BHCLV: Tensor
+    dt_BHCL: Tensor
+    log_decay_BHCL: Tensor
+    read_BHCL: Tensor
+    write_BHCL: Tensor
+    carry_BHC: Tensor
     barrier: Tensor
 
 
@@ -82,59 +87,52 @@ def spans(n_tokens: int, n_streams: int, first_output: int) -> list[Span]:
 def load_slab(streams: Streams, span: Span, documents: Documents | None) -> Slab:
     """Bring one slab into chunks and compute its decays; step 1 of README.md."""
     work = working_dtype(streams.x_BTHV.dtype)
-    n_heads = streams.x_BTHV.shape[2]
+    n_heads, length = streams.x_BTHV.shape[2], span.n_chunk_tokens
     x, dt = chunked(streams.x_BTHV, span, work), chunked(streams.dt_BTH, span, work)
     b = to_heads(chunked(streams.b_BTGN, span, work), n_heads)
     c = to_heads(chunked(streams.c_BTGN, span, work), n_heads) if span.wants_output else b
-    decay_sum = (dt * streams.A_H.to(work)[:, None]).cumsum(-1)
-    to_end = decay_sum[..., -1:] - decay_sum
-    from_start = decay_sum
-    length = span.n_chunk_tokens
-    ones = torch.ones(length, length, dtype=torch.bool, device=x.device)
-    barrier = torch.zeros(length, length, dtype=work, device=x.device)
+    log_decay = (dt * (streams.A_H.to(work) * LOG2_E)[:, None, None]).cumsum(-1)
+    from_start, to_end = log_decay, log_decay[..., -1:] - log_decay
+    visible = torch.ones(length, length, dtype=torch.bool, device=x.device)
     if documents is not None and _starts_inside(documents, span):
-        part_CBL = chunked(documents.reset_BT, span, torch.int32).cumsum(-1)[:, :, None]
-        to_end = to_end.masked_fill(part_CBL != part_CBL[..., -1:], -torch.inf)
-        from_start = decay_sum.masked_fill(part_CBL != 0, -torch.inf)
-        ones = part_CBL[..., :, None] == part_CBL[..., None, :]
-        barrier = torch.zeros(ones.shape, dtype=work, device=x.device)
-    barrier = barrier.masked_fill_(~ones.tril(), -torch.inf) if span.wants_output else barrier
-    read = from_start.exp()
-    return Slab(c, b, x, x * dt[..., None], dt, decay_sum, read, to_end.exp(), read[..., -1], barrier)
+        part_BHCL = chunked(documents.reset_BT[..., None].int(), span, torch.int32).cumsum(-1)
+        from_start = from_start.masked_fill(part_BHCL != 0, -torch.inf)
+        to_end = to_end.masked_fill(part_BHCL != part_BHCL[..., -1:], -torch.inf)
+        visible = part_BHCL[..., :, None] == part_BHCL[..., None, :]
+    barrier = torch.zeros(visible.shape, dtype=work, device=x.device)
+    if span.wants_output:
+        barrier.masked_fill_(~visible.tril(), -torch.inf)
+    read = from_start.exp2()
+    return Slab(c, b, x, x * dt[..., None], dt, log_decay, read, to_end.exp2(), read[..., -1], barrier)
 
 
 def chunked(stream: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, ...] to contiguous [C, B, H, L, ...] of `dtype`, zero padded; [B, T] to [C, B, L]."""
+    """Tokens of a slab, [B, T, H, ...], to contiguous [B, H, C, L, ...] of `dtype`, zero padded."""
     part = stream[:, span.start : span.stop]
     missing = -part.shape[1] % span.n_chunk_tokens
     if missing:
         part = pad(part, (0, 0) * (part.dim() - 2) + (0, missing))
-    part = part.unflatten(1, (-1, span.n_chunk_tokens)).movedim(1, 0)
-    part = part.movedim(2, 3) if part.dim() > 3 else part
+    part = part.movedim(1, 2).unflatten(2, (-1, span.n_chunk_tokens))
     return torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
 
 
 def unchunked(target: Tensor, chunks: Tensor, span: Span) -> None:
-    """Write [C, B, H, L, ...] to the tokens of `span` in `target` [B, T, H, ...]; undoes `chunked`."""
-    full, rest = divmod(span.stop - span.start, span.n_chunk_tokens)
-    tokens = chunks.movedim(3, 2).movedim(0, 1)
-    middle = span.start + full * span.n_chunk_tokens
-    target[:, span.start : middle].unflatten(1, (full, span.n_chunk_tokens)).copy_(tokens[:, :full])
-    if rest:
-        target[:, middle : span.stop].copy_(tokens[:, full, :rest])
+    """Write [B, H, C, L, ...] to the tokens of `span` in `target` [B, T, H, ...]; undoes `chunked`."""
+    tokens = chunks.flatten(2, 3)[:, :, : span.stop - span.start]
+    target[:, span.start : span.stop].copy_(tokens.movedim(2, 1))
 
 
-def to_heads(chunks_CBGLN: Tensor, n_heads: int) -> Tensor:
+def to_heads(chunks_BGCLN: Tensor, n_heads: int) -> Tensor:
     """Repeat every group for its heads."""
-    n_shared = n_heads // chunks_CBGLN.shape[2]
-    return chunks_CBGLN if n_shared == 1 else chunks_CBGLN.repeat_interleave(n_shared, 2)
+    n_shared = n_heads // chunks_BGCLN.shape[1]
+    return chunks_BGCLN if n_shared == 1 else chunks_BGCLN.repeat_interleave(n_shared, 1)
 
 
-def to_groups(chunks_CBHLN: Tensor, n_groups: int) -> Tensor:
+def to_groups(chunks_BHCLN: Tensor, n_groups: int) -> Tensor:
     """Sum over the heads of every group: the adjoint of `to_heads`."""
-    if chunks_CBHLN.shape[2] == n_groups:
-        return chunks_CBHLN
-    return chunks_CBHLN.unflatten(2, (n_groups, -1)).sum(3)
+    if chunks_BHCLN.shape[1] == n_groups:
+        return chunks_BHCLN
+    return chunks_BHCLN.unflatten(1, (n_groups, -1)).sum(2)
 
 
 def _starts_inside(documents: Documents, span: Span) -> bool:
