@@ -288,7 +288,7 @@ class Config(Section):
 
 
 def total_steps(config: Config) -> int:
-    """Optimizer steps of the whole run; `train.tokens` is rounded up to whole steps (0 when neither is given)."""
+    """Optimizer steps of the run; `train.tokens` is rounded up to whole steps (0 when neither is given)."""
     if config.train.steps is not None:
         return config.train.steps
     return -(-(config.train.tokens or 0) // tokens_per_step(config))

@@ -1,8 +1,7 @@
 """Parameters and FLOPs of a layer at its TransPoint, by closed formulas. Imports no torch.
 
-Convention of the FLOPs: two per multiply-add, attention counts the causal half only, the scan counts dense chunks of
-64 tokens, norms and activations are left out. D model width, F feed-forward width, H heads, N head width, K conv
-taps, I inner width of mamba2, S its state width, G its groups.
+Convention of the FLOPs: two per multiply-add, attention counts the causal half only, the scan counts dense
+chunks of 64 tokens, norms and activations are left out.
 """
 
 import math
@@ -12,7 +11,9 @@ from dataclasses import dataclass
 from transmamba.config import ModelConfig, head_width
 from transmamba.transpoint import LayerKind
 
-FLOP_CONVENTION = "2 per multiply-add; causal half of attention; scan in dense chunks of 64; training = 3 x forward"
+FLOP_CONVENTION = (
+    "2 per multiply-add; causal half of attention; scan in dense chunks of 64; training = 3 x forward"
+)
 CHUNK = 64
 TRAINING_OVER_FORWARD = 3
 
@@ -31,7 +32,7 @@ class PositionShares:
         return self.survival[int(point)] if point < len(self.survival) else 0.0
 
     def attended(self, point: int | float) -> float:
-        """Mean number of keys that a token reads in attention: sum over p < point of (p + 1) Pr(offset = p)."""
+        """Mean number of keys a token reads in attention: sum over p < point of (p + 1) Pr(offset = p)."""
         stop = min(point, len(self.survival) - 1)
         shares = self.survival
         return math.fsum((p + 1) * (shares[p] - shares[p + 1]) for p in range(int(stop)))
@@ -45,8 +46,8 @@ def whole_windows(seq_len: int) -> PositionShares:
 def packed_documents(lengths: Sequence[tuple[float, float]], seq_len: int) -> PositionShares:
     """Documents end to end, cut by windows of `seq_len` at a uniformly distributed phase.
 
-    A token is at offset p or later when the document has p tokens before it and the window does too, which are
-    independent at a uniform phase: F(p) (1 - p / seq_len).
+    A token is at offset p or later when the document has p tokens before it and the window does too; at a
+    uniform phase these are independent: F(p) (1 - p / seq_len).
 
     Args:
         lengths: (length, number of documents of this length); lengths may be means of a histogram's bins.

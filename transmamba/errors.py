@@ -31,7 +31,7 @@ _SECRET_VALUE = re.compile(
 
 
 def looks_secret(key: str, value: object) -> bool:
-    """Whether the name or the text of a value is that of a credential, so that it is never printed or stored."""
+    """Whether the name or the text of a value is that of a credential; those are never printed or stored."""
     return bool(_SECRET_KEY.search(key)) or bool(_SECRET_VALUE.search(str(value)))
 
 
@@ -48,7 +48,9 @@ class Problem:
         """The problem on one line of printable text, the value shortened, a credential left out."""
         value = "<hidden>" if looks_secret(self.key, self.value) else _shown(self.value)
         key = "<hidden>" if looks_secret("", self.key) else _one_line(self.key, _MAX_VALUE)
-        return f"transmamba: error: {key}: {_one_line(self.problem)} (got {value}). Fix: {_one_line(self.fix)}."
+        return (
+            f"transmamba: error: {key}: {_one_line(self.problem)} (got {value}). Fix: {_one_line(self.fix)}."
+        )
 
 
 class ConfigError(Exception):
@@ -71,5 +73,15 @@ def _shown(value: object) -> str:
 
 def _one_line(text: str, limit: int = 400) -> str:
     # repr-style escapes keep a terminal safe from control characters and lone surrogates.
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split())
+    )
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class RunError(Exception):
+    """Why a run ends early: the entry points print the one line and exit with the code."""
+
+    def __init__(self, code: int, line: str) -> None:
+        self.code = code
+        super().__init__(f"transmamba: error: {_one_line(line, 1000)}")

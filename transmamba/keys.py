@@ -1,4 +1,4 @@
-"""The config schema as a flat list of dotted keys: what each accepts, in words, and the nearest names of a typo."""
+"""The schema as a list of dotted keys: what each accepts, in words, and the nearest names of a typo."""
 
 import difflib
 import unicodedata
@@ -46,6 +46,11 @@ _ALIASES = {
     "transpoints": "transpoint.points",
     "random_seed": "seed",
 }
+_POINTS = "a list of tokens (0 or more), fractions of seq_len in (0, 1] or inf"
+_MEANINGS = {
+    "transpoint.points": f"{_POINTS}, or null",
+    "transpoint.changes": "a list of {step: 1000, schedule: mamba_only} or {step: 1000, points: [0, 64, inf]}",
+}
 _EXAMPLES = {"data.path": "/data/tokens", "run.dir": "runs/my-run", "transpoint.points": "[0,64,inf]"}
 
 
@@ -86,7 +91,7 @@ def known_leaf(key: str) -> str | None:
 
 
 def suggest(key: str) -> str:
-    """A fix for an unknown key: its name in another section, the same thing under our name, or the nearest ones."""
+    """A fix for an unknown key: the same thing under our name, in its own section, or the nearest names."""
     plain = unicodedata.normalize("NFKD", key).encode("ascii", "replace").decode().replace("?", "").lower()
     last = plain.rsplit(".", 1)[-1]
     exact = [leaf for leaf in leaves() if leaf.rsplit(".", 1)[-1] == last]
@@ -96,7 +101,7 @@ def suggest(key: str) -> str:
         names = exact[:3]
     else:
         by_name = {leaf.rsplit(".", 1)[-1]: leaf for leaf in leaves()}
-        near = difflib.get_close_matches(plain, [*leaves(), *sections()], n=2, cutoff=0.6)
+        near = difflib.get_close_matches(plain, leaves(), n=2, cutoff=0.6)
         near += [by_name[name] for name in difflib.get_close_matches(last, by_name, n=2, cutoff=0.75)]
         names = list(dict.fromkeys(near))[:3]
     if names:
@@ -109,7 +114,7 @@ def suggest(key: str) -> str:
 def accepted(key: str) -> str:
     """What a key takes, in words, with an example: the fix for a value of the wrong type or range."""
     node = leaves()[key]
-    text = " or ".join(dict.fromkeys(_describe(choice) for choice in _choices(node)))
+    text = _MEANINGS.get(key) or " or ".join(dict.fromkeys(_describe(choice) for choice in _choices(node)))
     example = _EXAMPLES.get(key, node.get("default"))
     if example is None or isinstance(example, (bool, list, dict)) or "one of" in text:
         return f"give {text}"

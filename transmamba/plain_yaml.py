@@ -1,7 +1,7 @@
-"""YAML files of plain values: no tags, no anchors, no duplicate keys, and no surprises such as `yes` or `010`.
+"""YAML of plain values: no tags, anchors or duplicate keys, and no surprises such as `yes` or `010`.
 
-A word is a boolean only when it is `true` or `false`, and a number only in decimal; everything else is text, which
-the schema then refuses where it wants a number.
+A word is a boolean only when it is `true` or `false`, and a number only in decimal; everything else is text,
+which the schema then refuses where it wants a number.
 """
 
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from transmamba.errors import ConfigError, Problem
 
@@ -23,9 +24,7 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(
-                None, None, "anchors and aliases are not read", event.start_mark
-            )
+            raise ComposerError(None, None, "anchors and aliases are not read", event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -49,8 +48,10 @@ def read(path: Path) -> dict[str, Any]:
     """Read one mapping of plain values.
 
     Raises:
-        ConfigError: no such file, too large, not UTF-8, not YAML, a duplicate key, a tag, an anchor, an empty file
-            or something else than a mapping. The key of the problem is `file:line:column`.
+            problem = Problem("--config", "the file is too large", path, f"stay below {MAX_BYTES} bytes")
+            raise ConfigError([problem])
+            than a mapping. The key of a problem inside the file is `file:line:column`.
+        OSError: the file cannot be opened.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -62,6 +63,11 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             [Problem(str(path), "not a text file", error.reason, "save it as UTF-8")]
         ) from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    """Read one mapping from text; `path` is what the problems name (ConfigError as in `read`)."""
     loader = None
     try:
         loader = _PlainLoader(text)
@@ -89,7 +95,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(values: dict[str, Any]) -> str:
-    """Text that `parse` reads back equal; words that another YAML reader might take for numbers are quoted."""
+    """Text that `parse` reads back equal; words that other YAML readers take for numbers are quoted."""
     return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 

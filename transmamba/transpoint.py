@@ -1,4 +1,4 @@
-"""TransPoint schedules: how many tokens of a sequence each layer reads as attention before it scans (paper 3.4)."""
+"""TransPoint schedules: how many tokens each layer reads as attention before it scans (paper section 3.4)."""
 
 import math
 import random
@@ -64,7 +64,7 @@ def layer_kinds(model: ModelConfig) -> list[LayerKind]:
 
 
 def effective_points(config: Config, step: int = 0) -> list[int | float]:
-    """The TransPoint of every layer whatever its kind: infinity for transformer layers, 0 for mamba2 layers."""
+    """The TransPoint of every layer, whatever its kind: infinity for transformer, 0 for mamba2 layers."""
     scheduled = points(config.transpoint, config.model.n_layers, config.data.seq_len, step)
     fixed: dict[LayerKind, int | float] = {"transformer": math.inf, "mamba2": 0}
     kinds = layer_kinds(config.model)

@@ -1,0 +1,151 @@
+"""The command line as data: which file, group choices and single values; every bad argument is told."""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from transmamba.errors import Problem
+from transmamba.keys import known_leaf, leaves, sections, suggest
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+# The value of a key that goes back to its default.
+DELETED = object()
+_MAX_OVERRIDES = 1000
+_MAX_LENGTH = 20_000
+
+
+@dataclass(slots=True)
+class Overrides:
+    """What the command line asks for: `choices` by group, `edits` by dotted key."""
+
+    file: Path | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    edits: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    """The argument that gave each key, to notice a second one."""
+
+
+def read_overrides(argv: list[str], problems: list[Problem]) -> Overrides:
+    """Sort the arguments; what is wrong with one is added to `problems` and the others are still read."""
+    found = Overrides()
+    arguments = _split(argv, found, problems)
+    if len(arguments) > _MAX_OVERRIDES:
+        fix = "put the values into a file and give --config FILE"
+        problems.append(Problem("overrides", "too many", len(arguments), fix))
+    for text in arguments[:_MAX_OVERRIDES]:
+        override = _parse(text, problems)
+        if override is not None:
+            _sort(override, text, found, problems)
+    return found
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """Names of the presets of every config group."""
+    folders = sorted(folder for folder in CONFIG_DIR.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def choose(group: str, name: str, choices: dict[str, str], problems: list[Problem]) -> None:
+    """Add a group choice unless the group has one already."""
+    names = groups()[group]
+    if name in names:
+        choices.setdefault(group, name)
+        return
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
+    fix = f"choose {', '.join(near)}; single values are {group}.<key>=<value>"
+    problems.append(Problem(group, "no such choice", name, fix))
+
+
+def edit(key: str, value: Any, edits: dict[str, Any], problems: list[Problem]) -> None:
+    """Add the value of a key, or of every key when `value` is a mapping for a whole section."""
+    shown = "~" if value is DELETED else value
+    if key in sections() and isinstance(value, dict):
+        for name, inner in value.items():
+            edit(f"{key}.{name}", inner, edits, problems)
+    elif key in sections():
+        fix = f"give one of its keys: {', '.join(leaf for leaf in leaves() if leaf.startswith(key + '.'))}"
+        problems.append(Problem(key, "a group of keys, not a key", shown, fix))
+    elif known_leaf(key) is None:
+        problems.append(Problem(key, "unknown key", shown, suggest(key)))
+    else:
+        edits[key] = value
+
+
+def _split(argv: list[str], found: Overrides, problems: list[Problem]) -> list[str]:
+    texts, rest = [], list(argv)
+    while rest:
+        text = rest.pop(0)
+        if text == "--config" or text.startswith("--config="):
+            name = text.partition("=")[2] or (rest.pop(0) if rest and "=" not in rest[0] else "")
+            if not name or found.file is not None:
+                problems.append(
+                    Problem("--config", "needs exactly one file", name, "write --config FILE once")
+                )
+            else:
+                found.file = Path(name)
+        elif text.startswith("-"):
+            fix = "write overrides as key=value; the only option here is --config FILE"
+            problems.append(Problem(text.partition("=")[0], "unknown option", text, fix))
+        else:
+            texts.append(text)
+    return texts
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def _parse(text: str, problems: list[Problem]) -> Override | None:
+    key = text.partition("=")[0].lstrip("+~")
+    form = "write key=value; put a value with spaces, '=' or brackets in quotes: 'key=\"a=b\"'"
+    if len(text) > _MAX_LENGTH or "\0" in text:
+        name = key if len(key) < len(text) else "override"
+        problems.append(Problem(name, "too long, or not text", text, "give a shorter plain value"))
+    elif key and not re.fullmatch(r"[\w./@-]+", key, re.ASCII):
+        problems.append(Problem(key, "unknown key", text, suggest(key)))
+    else:
+        try:
+            override = _parser().parse_override(text)
+        except (HydraException, ValueError, RecursionError):
+            problems.append(Problem(key or text, "not an override", text, form))
+            return None
+        if override.key_or_group and not (override.is_delete() and "=" in text):
+            return override
+        problems.append(Problem(key or text, "not an override", text, form))
+    return None
+
+
+def _sort(override: Override, text: str, found: Overrides, problems: list[Problem]) -> None:
+    """File one override under group choices or value edits, or add the problem it has."""
+    key = override.key_or_group
+    shown = text.partition("=")[2] or text
+    earlier = found.texts.setdefault(key, text)
+    if earlier != text:
+        problems.append(
+            Problem(key, "given twice with different values", f"{earlier} and {text}", "keep one")
+        )
+    elif key.split(".")[0].split("/")[0] == "hydra":
+        problems.append(Problem(key, "Hydra's own settings cannot be overridden", shown, "remove it"))
+    elif "_target_" in text:
+        fix = "remove it; no object is started by name, only listed options such as optim.schedule=wsd"
+        problems.append(Problem(key, "_target_ is not read", shown, fix))
+    elif override.is_sweep_override():
+        fix = f"write a list in brackets, {key}=[...]; several runs are a sweep"
+        problems.append(Problem(key, "several values for one run", shown, fix))
+    elif override.package is not None or "/" in key:
+        problems.append(Problem(key, "unknown key", shown, suggest(key)))
+    elif override.is_delete():
+        edit(key, DELETED, found.edits, problems)
+    elif key in groups() and not isinstance(override.value(), (dict, list)):
+        choose(key, str(override.value()), found.choices, problems)
+    else:
+        edit(key, override.value(), found.edits, problems)
