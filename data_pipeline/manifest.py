@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -93,6 +94,9 @@ class Manifest:
         return self.folder / self.tokenizer_file
 
 
+_Record = TypeVar("_Record", Block, Shard, LengthBin, Split, Manifest)
+
+
 def length_bins(lengths: np.ndarray) -> tuple[LengthBin, ...]:
     """Histogram of document lengths in tokens, empty bins left out."""
     bins = np.searchsorted(LENGTH_EDGES, lengths, side="right") - 1
@@ -162,19 +166,29 @@ def _manifest_of(record: dict[str, Any], folder: Path) -> Manifest:
     for name in SPLITS:
         split = dict(record["splits"][name])
         shards = [
-            Shard(**{**shard, "blocks": tuple(Block(*block) for block in shard["blocks"])})
+            _checked(
+                Shard(**{**shard, "blocks": tuple(_checked(Block(*block)) for block in shard["blocks"])})
+            )
             for shard in split["shards"]
         ]
-        bins = tuple(LengthBin(*entry) for entry in split["lengths"])
-        splits[name] = Split(**{**split, "shards": tuple(shards), "lengths": bins})
-    return Manifest(**fields, splits=splits, folder=folder)
+        bins = tuple(_checked(LengthBin(*entry)) for entry in split["lengths"])
+        splits[name] = _checked(Split(**{**split, "shards": tuple(shards), "lengths": bins}))
+    return _checked(Manifest(**fields, splits=splits, folder=folder))
+
+
+def _checked(record: _Record) -> _Record:
+    """JSON brings any type; every number here is a count, an offset or an id."""
+    for entry in dataclasses.fields(record):
+        value = getattr(record, entry.name)
+        is_count = type(value) is int and value >= 0
+        if (entry.type == "int" and not is_count) or (entry.type == "str" and not isinstance(value, str)):
+            raise TypeError(f"{entry.name} is {value!r}")
+    return record
 
 
 def _check_counts(manifest: Manifest, file: Path) -> None:
     names = [shard.name for split in manifest.splits.values() for shard in split.shards]
-    doubled = (
-        sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    )
+    doubled = [name for name, count in Counter(names).items() if count > 1]
     if doubled:
         raise DataError(str(file), f"lists {doubled[0]} twice", _REBUILD)
     for name in (*names, manifest.tokenizer_file):
@@ -185,9 +199,8 @@ def _check_counts(manifest: Manifest, file: Path) -> None:
         raise DataError(str(file), problem, _REBUILD)
     for name, split in manifest.splits.items():
         if not split.shards or split.n_tokens != sum(shard.n_tokens for shard in split.shards):
-            raise DataError(
-                str(file), f"the shards of {name} do not add up to {split.n_tokens} tokens", _REBUILD
-            )
+            problem = f"the shards of {name} do not add up to {split.n_tokens} tokens"
+            raise DataError(str(file), problem, _REBUILD)
         for shard in split.shards:
             if shard.n_tokens != sum(block.n_tokens for block in shard.blocks):
                 problem = f"the blocks of {shard.name} do not add up to {shard.n_tokens} tokens"
@@ -230,6 +243,6 @@ def _check_shard(manifest: Manifest, shard: Shard) -> None:
     width = np.dtype(manifest.token_dtype).itemsize
     for block in shard.blocks:
         end = max(block.tokens_offset + width * block.n_tokens, block.starts_offset + 4 * block.n_starts)
-        if end > size or min(dataclasses.astuple(block)[:4]) < 0:
+        if end > size:
             problem = f"the block at byte {block.tokens_offset} does not fit into the file"
             raise DataError(str(path), problem, _REBUILD)

@@ -1,0 +1,240 @@
+"""Text becomes the same bytes every time, and nothing of the user's is lost or overwritten."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import pydoc_data.topics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transmamba.data_pipeline import docstrings
+from transmamba.data_pipeline import prepare as module
+from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.holdout import choose_holdout
+from transmamba.data_pipeline.manifest import LENGTH_EDGES, Manifest, load_manifest
+from transmamba.data_pipeline.prepare import default_corpus, prepare, summary_lines
+from transmamba.data_pipeline.text import Document
+from transmamba.data_pipeline.tokenizer import load_tokenizer, token_bytes
+from transmamba.data_pipeline.tokens import TokenStore
+
+TOPICS = {name: str(text) for name, text in sorted(pydoc_data.topics.topics.items())}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one file per topic of Python's help."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in TOPICS.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """The topics, prepared with small shards."""
+    out = tmp_path_factory.mktemp("out") / "topics"
+    return prepare(
+        [str(texts)], out, vocab_size=600, shard_tokens=70_000, validation_share=0.1, progress=False
+    )
+
+
+def decoded(manifest: Manifest, split: str) -> list[str]:
+    store = TokenStore(manifest, split)
+    tokenizer = load_tokenizer(manifest.tokenizer_path)
+    starts = store.starts(0, store.n_tokens).tolist()
+    bounds = zip(starts, [*starts[1:], store.n_tokens], strict=True)
+    documents = [store.read(first, end) for first, end in bounds]
+    assert all(document[-1] == manifest.eod_id for document in documents)
+    return tokenizer.decode_batch([document[:-1].tolist() for document in documents])
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_document_comes_back_whole_in_one_of_the_splits(prepared: Manifest) -> None:
+    train, validation = decoded(prepared, "train"), decoded(prepared, "validation")
+    assert sorted(train + validation) == sorted(TOPICS.values())
+    order = list(TOPICS.values())
+    assert [order.index(text) for text in train] == sorted(order.index(text) for text in train)
+    assert len(prepared.splits["train"].shards) > 1
+
+
+def test_the_manifest_counts_what_is_there(prepared: Manifest) -> None:
+    n_bytes_of_token = token_bytes(load_tokenizer(prepared.tokenizer_path))
+    for name, split in prepared.splits.items():
+        store = TokenStore(prepared, name)
+        tokens = store.read(0, store.n_tokens)
+        starts = store.starts(0, store.n_tokens)
+        lengths = np.diff(np.append(starts, store.n_tokens))
+        assert split.n_documents == len(starts) == (tokens == prepared.eod_id).sum()
+        assert split.n_text_bytes == n_bytes_of_token[tokens].sum()
+        assert sum(entry.n_tokens for entry in split.lengths) == split.n_tokens == len(tokens)
+        edges = LENGTH_EDGES.tolist()
+        for entry in split.lengths:
+            end = edges[edges.index(entry.shortest) + 1]
+            inside = lengths[(lengths >= entry.shortest) & (lengths < end)]
+            assert (entry.n_documents, entry.n_tokens) == (len(inside), inside.sum())
+        assert min(shard.min_token_id for shard in split.shards) == tokens.min()
+        assert max(shard.max_token_id for shard in split.shards) == tokens.max()
+    text = "".join(decoded(prepared, "validation")).encode("utf-8")
+    expected = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
+    assert prepared.splits["validation"].gzip9_bits_per_byte == pytest.approx(expected, rel=1e-6)
+    assert prepared.splits["train"].gzip9_bits_per_byte is None
+
+
+def test_the_same_text_gives_the_same_bytes(
+    texts: Path, prepared: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Batches of another size and one thread must not show in the result.
+    monkeypatch.setattr(module, "_BATCH_CHARS", 20_000)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    options = {"vocab_size": 600, "shard_tokens": 70_000, "validation_share": 0.1}
+    prepare([str(texts)], tmp_path / "again", workers=1, progress=False, **options)
+    assert files_of(tmp_path / "again") == files_of(prepared.folder)
+
+
+def test_a_given_tokenizer_is_used_unchanged(texts: Path, prepared: Manifest, tmp_path: Path) -> None:
+    path = prepared.tokenizer_path
+    manifest = prepare([str(texts / "*.txt")], tmp_path / "x", tokenizer=path, progress=False)
+    assert manifest.tokenizer_sha256 == prepared.tokenizer_sha256
+    everything = [*decoded(manifest, "train"), *decoded(manifest, "validation")]
+    assert sorted(everything) == sorted(TOPICS.values())
+
+
+def test_json_lines_and_wide_vocabularies_are_stored_in_the_dtype_they_need(tmp_path: Path) -> None:
+    lines = [json.dumps({"body": text}) for text in TOPICS.values()]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    options = {"field": "body", "vocab_size": 300, "progress": False}
+    manifest = prepare([str(tmp_path / "x.jsonl")], tmp_path / "narrow", **options)
+    assert manifest.token_dtype == "<u2"
+    wide = json.loads(manifest.tokenizer_path.read_text())
+    added = {"content": "<wide>", "id": 70_000, "special": True, "normalized": False}
+    wide["added_tokens"].append(added | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    wide["model"]["vocab"]["<wide>"] = 70_000
+    (tmp_path / "wide.json").write_text(json.dumps(wide))
+    other = prepare(
+        [str(tmp_path / "x.jsonl")], tmp_path / "wide", tokenizer=tmp_path / "wide.json", **options
+    )
+    assert other.token_dtype == "<u4"
+    assert other.vocab_size == 70_001
+    assert decoded(other, "train") == decoded(manifest, "train")
+
+
+@pytest.mark.parametrize("n_documents", [1, 2, 5])
+def test_a_few_documents_still_give_a_validation_split(tmp_path: Path, n_documents: int) -> None:
+    texts = list(TOPICS.values())[:n_documents]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.md").write_text(text, encoding="utf-8")
+    manifest = prepare([str(tmp_path)], tmp_path / "out", vocab_size=300, progress=False)
+    train, validation = decoded(manifest, "train"), decoded(manifest, "validation")
+    assert train
+    assert validation
+    assert sum(map(len, train + validation)) == sum(map(len, texts))
+    assert sum(map(len, validation)) <= sum(map(len, train))
+
+
+def test_the_holdout_depends_on_the_text_alone_and_has_the_share_asked_for() -> None:
+    documents = [Document(f"{i}", f"text number {i} " * 20) for i in range(3000)]
+    rule = choose_holdout(documents, share=0.1, seed=1, sample_chars=50_000)
+    held_out = {text for split, text in rule.split(documents) if split == "validation"}
+    assert 250 < len(held_out) < 350
+    fewer = [Document("renamed", document.text) for document in reversed(documents[::2])]
+    again = choose_holdout(fewer, share=0.1, seed=1, sample_chars=50_000)
+    kept = {text for split, text in again.split(fewer) if split == "validation"}
+    assert kept == held_out & {document.text for document in fewer}
+    assert not set(rule.sample) & held_out
+    assert 49_000 < sum(map(len, rule.sample)) <= 50_000
+    other = choose_holdout(documents, share=0.1, seed=2, sample_chars=50_000)
+    assert {text for split, text in other.split(documents) if split == "validation"} != held_out
+
+
+def test_a_folder_with_other_files_is_refused_and_prepared_data_is_replaced(
+    texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    first = prepare([str(texts)], out, vocab_size=300, progress=False)
+    second = prepare([str(texts)], out, vocab_size=400, progress=False)
+    assert (first.vocab_size, second.vocab_size) == (300, 400)
+    (out / "notes.txt").write_text("mine")
+    before = files_of(out)
+    with pytest.raises(DataError, match=r"is not empty and holds other files \(notes.txt\)"):
+        prepare([str(texts)], out, vocab_size=300, progress=False)
+    assert files_of(out) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "settings.json").write_text("{}")
+    with pytest.raises(DataError, match="holds other files"):
+        prepare([str(texts)], tmp_path / "other", vocab_size=300, progress=False)
+    with pytest.raises(DataError, match="is not a folder"):
+        prepare([str(texts)], out / "notes.txt", vocab_size=300, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_failed_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(TOPICS.values()):
+        (tmp_path / "in" / f"{i:03d}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "in" / "zzz.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="zzz.txt: not UTF-8 at byte offset 0"):
+        prepare([str(tmp_path / "in")], tmp_path / "out", vocab_size=300, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("validation_share", 0.0),
+        ("validation_share", 1.0),
+        ("shard_tokens", 0),
+        ("workers", 0),
+        ("vocab_size", 9),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(
+    texts: Path, tmp_path: Path, option: str, value: float
+) -> None:
+    with pytest.raises(DataError, match=option):
+        prepare([str(texts)], tmp_path / "out", progress=False, **{option: value})  # pyright: ignore
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_summary_tells_the_numbers_and_the_next_command(prepared: Manifest) -> None:
+    text = "\n".join(summary_lines(prepared))
+    for expected in (
+        f"{prepared.splits['train'].n_tokens:,} tokens",
+        "bytes per token",
+        "gzip -9",
+        f"data.path={prepared.folder}",
+    ):
+        assert expected in text
+
+
+def _build_default(root: Path) -> str:
+    return str(default_corpus(root, progress=False))
+
+
+def test_builders_of_the_default_corpus_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docstrings.read_installed_docstrings, "__kwdefaults__", SMALL_CORPUS)
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2) as pool:
+        folders = set(pool.map(_build_default, [tmp_path] * 2, chunksize=1))
+    (folder,) = map(Path, folders)
+    manifest = load_manifest(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert "docstrings of" in manifest.source
+    stamp = (folder / "manifest.json").stat().st_mtime_ns
+    assert default_corpus(tmp_path, progress=False) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == stamp
+    (folder / "tokenizer.json").write_text("damaged")
+    assert default_corpus(tmp_path, progress=False) == folder
+    assert load_manifest(folder) == manifest
+
+
+SMALL_CORPUS = {"max_chars": 200_000, "advance": lambda n_chars: None}
