@@ -11,13 +11,12 @@ from typing import Any
 
 from transmamba import plain_yaml
 from transmamba.config import Config, padded_vocab, total_steps
-from transmamba.costs import embedding_parameters, layer_parameters
+from transmamba.costs import BUILT_IN_VOCAB, embedding_parameters, layer_parameters
 from transmamba.errors import ConfigError, Problem
 from transmamba.transpoint import layer_kinds
 
 # Weights and two moments in fp32, plus bf16 copies and headers.
 BYTES_PER_PARAMETER = 14
-BUILT_IN_VOCAB = 8192
 # A lock of another machine counts as live while its job touches it.
 LOCK_FRESH_S = 120
 _FOREIGN = ("*.pt", "*.pth", "*.bin", "*.ckpt", "*.distcp", ".metadata", "latest", "global_step*", "iter_*")
