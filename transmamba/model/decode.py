@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transmamba.kernels.attention import attend_cached
+from transmamba.kernels.attention.cached import attend_cached
 from transmamba.kernels.documents import Documents
 from transmamba.kernels.ssd import final_state, ssd_step
 from transmamba.model.attention import AttentionMixer

@@ -56,7 +56,27 @@ class Model(nn.Module):
             self.head.weight = self.embedding.weight
         initialise(self, config, seed)
 
-    def forward(self, ids_BT: Tensor, transpoints: Sequence[int | float], documents: Documents) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        weight_BT: Tensor,
+        transpoints: Sequence[int | float],
+        documents: Documents,
+        z_loss: float = 0.0,
+    ) -> LossSums:
+        """Weighted sums of the negative log-likelihood and of the z-loss (PaLM, section 5) over a micro-batch."""
+        logits_TBE = self.predict(ids_BT, transpoints, documents)
+        logits_TBE = logits_TBE.to(torch.promote_types(logits_TBE.dtype, torch.float32))
+        nll_T = F.cross_entropy(logits_TBE.flatten(0, 1), targets_BT.T.flatten(), reduction="none")
+        weight_T = weight_BT.T.flatten()
+        nll = (nll_T * weight_T).sum()
+        if z_loss == 0:
+            return LossSums(nll, nll.detach())
+        log_partition_T = logits_TBE.flatten(0, 1).logsumexp(-1)
+        return LossSums(nll + z_loss * (log_partition_T.square() * weight_T).sum(), nll.detach())
+
+    def predict(self, ids_BT: Tensor, transpoints: Sequence[int | float], documents: Documents) -> Tensor:
         """Logits [T, B, E] of every token's successor."""
         x_TBD = self.embedding(ids_BT.T)
         for layer, transpoint in zip(self.layers, transpoints, strict=True):
@@ -69,25 +89,6 @@ class Model(nn.Module):
     def logits(self, x_TBD: Tensor) -> Tensor:
         """Logits of the final hidden states; entries that no token has are -inf."""
         logits_TBE = self.head(self.final_norm(x_TBD))
-        logits_TBE[..., self.n_tokens_known :] = -torch.inf
+        if self.n_tokens_known < logits_TBE.shape[-1]:  # the write costs a copy of the gradient, even of nothing
+            logits_TBE[..., self.n_tokens_known :] = -torch.inf
         return logits_TBE
-
-    def loss(
-        self,
-        ids_BT: Tensor,
-        targets_BT: Tensor,
-        weight_BT: Tensor,
-        transpoints: Sequence[int | float],
-        documents: Documents,
-        z_loss: float = 0.0,
-    ) -> LossSums:
-        """Weighted sums of the negative log-likelihood and of the z-loss (PaLM, section 5) over a micro-batch."""
-        logits_TBE = self(ids_BT, transpoints, documents)
-        logits_TBE = logits_TBE.to(torch.promote_types(logits_TBE.dtype, torch.float32))
-        nll_T = F.cross_entropy(logits_TBE.flatten(0, 1), targets_BT.T.flatten(), reduction="none")
-        weight_T = weight_BT.T.flatten()
-        nll = (nll_T * weight_T).sum()
-        if z_loss == 0:
-            return LossSums(nll, nll.detach())
-        log_partition_T = logits_TBE.flatten(0, 1).logsumexp(-1)
-        return LossSums(nll + z_loss * (log_partition_T.square() * weight_T).sum(), nll.detach())

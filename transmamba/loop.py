@@ -1,0 +1,188 @@
+"""The training loop: one step on a card, and what happens between steps."""
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from transmamba import checkpoint, resume
+from transmamba.batches import MicroBatch
+from transmamba.config import tokens_per_step, total_steps
+from transmamba.errors import EXIT_DONE, EXIT_NON_FINITE, EXIT_STORAGE, RunError
+from transmamba.evaluate import HeldOut, held_out
+from transmamba.layer_stats import layer_stats
+from transmamba.metrics import Journal
+from transmamba.optimizer import learning_rate
+from transmamba.parallel.pipeline import run_schedule
+from transmamba.report import Report
+from transmamba.run import Run, fingerprint
+from transmamba.stopping import StopRequest
+from transmamba.transpoint import effective_points
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    step: int  # optimizer steps done, this one included
+    loss: float  # nats per token, over the whole global batch
+    grad_norm: float  # before clipping
+    lr: float
+    past_transpoint: list[float]  # share of the tokens that each layer scanned
+
+
+def train_step(run: Run, step: int) -> StepReport:
+    """One optimizer step (`step` counts from 0): every micro-batch through the schedule, then one update.
+
+    Raises:
+        RunError: the loss or the gradient norm is not finite (exit 20); nothing of this step is saved.
+    """
+    batches = run.batches.of_step(step, effective_points(run.config, step))
+    losses = run_schedule(run.stage, batches, n_tokens=run.config.data.seq_len)
+    loss = float(torch.stack(losses).sum())
+    _must_be_finite("loss", loss, step)
+    lr = learning_rate(run.config, step + 1)
+    grad_norm = run.optimizer.step(lr)
+    _must_be_finite("gradient norm", grad_norm, step)
+    return StepReport(step + 1, loss, grad_norm, lr, _past_transpoint(batches))
+
+
+def train_steps(run: Run, first: int, journal: Journal, report: Report, flops_per_token: float) -> int:
+    """Run the steps from `first` (already done) to the end or until somebody asks to stop; returns the exit code."""
+    config, last = run.config, total_steps(run.config)
+    meter = _Meter(run, flops_per_token, first)
+    stop = StopRequest(run.folder)
+    try:
+        with report.steps(first, last):
+            for step in range(first, last):
+                record = _measured_step(run, step, meter)
+                done = step + 1
+                every = config.validation.every
+                if done == last or (every and done % every == 0):
+                    record["validation"] = validate(run, done, report, is_last=done == last)
+                journal.metrics(record)
+                report.step(record, last, meter.left_s(last - done))
+                code = stop.code
+                if done == last or code is not None or done % config.checkpoint.every == 0:
+                    save(run, done, journal)
+                if code is not None and done < last:
+                    (run.folder / "STOP").unlink(missing_ok=True)
+                    journal.event("stop", cause=stop.cause, step=done)
+                    return code
+    finally:
+        stop.restore()
+    return EXIT_DONE
+
+
+def validate(run: Run, step: int, report: Report, *, is_last: bool) -> dict[str, dict[str, float]]:
+    """Loss of every validation set; all of its tokens at the end of the run."""
+    points = effective_points(run.config, step)
+    results: dict[str, dict[str, float]] = {}
+    for held in run.held:
+        result: HeldOut = held_out(run.stage, held, points, 0 if is_last else run.config.validation.tokens)
+        report.validation(step, held, result)
+        results[held.name] = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+    return results
+
+
+def save(run: Run, step: int, journal: Journal) -> None:
+    """Publish a checkpoint of `step` and delete the oldest beyond `checkpoint.keep`.
+
+    Raises:
+        RunError: the file system refused (exit 40); older checkpoints are untouched.
+    """
+    data = {
+        "fingerprint": fingerprint(run.manifest),
+        "next_row": run.batches.data_step(step) * run.config.train.global_batch,
+        "vocab_size": run.manifest.vocab_size,
+        "eod_id": run.manifest.eod_id,
+    }
+    started = time.monotonic()
+    try:
+        path = checkpoint.save(
+            run.checkpoints,
+            step,
+            resume.pieces(run.model, run.optimizer, step),
+            resume.record(run.config, step, data),
+        )
+        pruned = checkpoint.prune(run.checkpoints, run.config.checkpoint.keep)
+    except (checkpoint.StorageError, OSError) as error:
+        free = shutil.disk_usage(run.checkpoints).free
+        raise RunError(
+            EXIT_STORAGE, f"checkpoint.every: cannot save step {step} ({error}), {free} bytes free. Fix: make room"
+        ) from error
+    journal.event("save", path=str(path), seconds=time.monotonic() - started, pruned=[p.name for p in pruned])
+
+
+def _measured_step(run: Run, step: int, meter: "_Meter") -> dict[str, Any]:
+    every = run.config.train.layer_stats_every
+    started = time.perf_counter()
+    if every and (step + 1) % every == 0:
+        with layer_stats(run.model.layers) as layers:
+            done = train_step(run, step)
+    else:
+        layers, done = None, train_step(run, step)
+    record = meter.record(done, time.perf_counter() - started)
+    if layers is not None:
+        record["layers"] = layers
+    return record
+
+
+class _Meter:
+    """Turns durations into rates."""
+
+    def __init__(self, run: Run, flops_per_token: float, first: int):
+        from transmamba.machine import peak_flops
+
+        self._tokens_per_step = tokens_per_step(run.config)
+        self._flops_per_token = flops_per_token
+        self._peak = peak_flops(run.topology.device)
+        self._world_size = run.topology.world_size
+        self._started = time.perf_counter()
+        self._first = first
+        self._mean_s = 0.0
+
+    def record(self, done: StepReport, step_s: float) -> dict[str, Any]:
+        """The step's line in metrics.jsonl. `time_s` counts from the start of this process's first step."""
+        self._mean_s = step_s if not self._mean_s else 0.9 * self._mean_s + 0.1 * step_s
+        rate = self._tokens_per_step / step_s
+        mfu = None if self._peak is None else rate * self._flops_per_token / (self._peak * self._world_size)
+        return {
+            "step": done.step,
+            "tokens": done.step * self._tokens_per_step,
+            "loss": done.loss,
+            "grad_norm": done.grad_norm,
+            "lr": done.lr,
+            "tokens_per_s": rate,
+            "time_s": time.perf_counter() - self._started,
+            "step_s": step_s,
+            "mfu": mfu,
+            "past_transpoint": done.past_transpoint,
+        }
+
+    def left_s(self, n_steps: int) -> float:
+        """Seconds for so many more steps at the recent pace."""
+        return self._mean_s * n_steps
+
+
+def _past_transpoint(batches: Sequence[MicroBatch]) -> list[float]:
+    """Share of tokens with pos >= P per layer, from the boundaries on the host."""
+    lengths = [length for batch in batches for _, _, length in batch.documents.spans()]
+    total = sum(lengths)
+    return [
+        round(sum(max(length - point, 0) for length in lengths) / total, 4) if point < math.inf else 0.0
+        for point in batches[0].transpoints
+    ]
+
+
+def _must_be_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise RunError(
+            EXIT_NON_FINITE,
+            f"train: the {what} of step {step + 1} is {value}; nothing of this step was saved. "
+            "Fix: lower optim.lr or skip its data with data.skip, and resume from the last checkpoint",
+        )

@@ -1,0 +1,232 @@
+"""One run from its configuration to its exit code: data, checkpoint, machine, loop, and the last words."""
+
+import json
+import logging
+import math
+import shutil
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+from transmamba import resume
+from transmamba.checkpoint import Checkpoint, published
+from transmamba.config import Config, total_steps
+from transmamba.data_pipeline.errors import DamagedData, DataError
+from transmamba.data_pipeline.manifest import Manifest, load_manifest
+from transmamba.data_pipeline.prepare import default_corpus
+from transmamba.data_pipeline.tokenizer import load_tokenizer
+from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, ConfigError, RunError
+from transmamba.generate import complete
+from transmamba.loop import train_steps
+from transmamba.machine import choose_precision, choose_threads, describe_device
+from transmamba.metrics import Journal, WandbFeed, read_metrics
+from transmamba.parallel import topology as groups
+from transmamba.parallel.topology import Topology
+from transmamba.plan import Plan, make_plan, print_plan
+from transmamba.plot import plot_loss
+from transmamba.report import Report
+from transmamba.run import Run, build_run, describe, fingerprint, make_folder
+from transmamba.transpoint import effective_points
+from transmamba.validate_data import data_problems
+
+EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to save yet
+
+
+def train(config: Config) -> int:
+    """Train a validated configuration, telling the screen and the run folder; returns the exit code."""
+    _quieten_libraries()
+    report = Report()
+    topology = None
+    try:
+        manifests = _open_data(config, report)
+        topology = groups.start(config.parallel)
+        return _train_in(config, manifests, topology, report)
+    except (RunError, ConfigError, DataError) as error:
+        print(_line_of(error), file=sys.stderr)
+        return _code_of(error)
+    except KeyboardInterrupt:
+        print("transmamba: interrupted before the first step; there is nothing to save", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        if topology is not None:
+            groups.stop()
+
+
+def _train_in(config: Config, manifests: dict[str, Manifest], topology: Topology, report: Report) -> int:
+    """Everything up to here could refuse without leaving a trace; from the run folder on, all is on record."""
+    manifest = manifests["train"]
+    checkpoint, rejected, changed = None, [], []
+    if config.run.dir is not None:
+        checkpoint, rejected = resume.find_checkpoint(Path(config.run.dir) / "checkpoints", config)
+    threads_reason = _settle_machine(config, topology, checkpoint)
+    if checkpoint is not None:
+        changed = resume.check_belongs(checkpoint, config, fingerprint(manifest))
+    folder = make_folder(config)
+    first = 0 if checkpoint is None else checkpoint.step
+    shutil.copyfile(manifest.tokenizer_path, folder / "tokenizer.json")
+    describe(config, folder, topology.device)
+    journal = Journal(folder, first)
+    feed = WandbFeed(folder, config.wandb)
+    code, cause = EXIT_INTERNAL, "internal error"
+    try:
+        resume.log_choice(journal, checkpoint, rejected, changed)
+        plan = make_plan(config, manifest)
+        _banner(report, config, folder, topology, threads_reason, manifest, plan, checkpoint)
+        run = build_run(config, topology, folder, manifests)
+        if checkpoint is not None:
+            resume.restore(checkpoint, run.model, run.optimizer)
+            checkpoint = None  # its tensors are as large as the whole training state
+        _show_sample(run, report, "before")
+        code = train_steps(run, first, journal, report, plan.training_flops_per_token)
+        cause = "done" if code == EXIT_DONE else "stopped"
+        if code == EXIT_DONE:
+            _show_sample(run, report, "after")
+        _farewell(run, report, code)
+    except (RunError, DataError) as error:
+        code, cause = _code_of(error), _line_of(error)
+        print(cause, file=sys.stderr)
+    except Exception:
+        cause = traceback.format_exc()
+        traceback.print_exc()
+    finally:
+        journal.event("exit", code=code, cause=cause)
+        journal.close()
+        feed.close()
+        _write_exit(folder, code, cause)
+        (folder / "lock.json").unlink(missing_ok=True)
+    return code
+
+
+def _open_data(config: Config, report: Report) -> dict[str, Manifest]:
+    """Manifests by name, "train" first; builds the default corpus at first use.
+
+    Raises:
+        ConfigError: the corpus does not fit the configuration.
+        DataError: it cannot be built.
+    """
+    if config.data.path is None:
+        config.data.path = str(default_corpus(progress=True))
+        problems = list(data_problems(config))
+        if problems:
+            raise ConfigError(problems)
+    manifests = {"train": load_manifest(Path(config.data.path))}
+    return manifests | {name: load_manifest(Path(path)) for name, path in config.validation.sets.items()}
+
+
+def _settle_machine(config: Config, topology: Topology, checkpoint: Checkpoint | None) -> str:
+    """Fix threads and precision in the configuration; returns why so many threads.
+
+    Sums are split by thread, so a resumed run takes the thread count it was saved with: same bits.
+    """
+    saved = None if checkpoint is None else checkpoint.manifest["threads"]
+    threads, reason = choose_threads(config.train.threads or saved)
+    if config.train.threads is None and saved is not None:
+        reason = "as before the stop"
+    config.train.threads = threads
+    torch.set_num_threads(threads)
+    config.precision = choose_precision(config.precision, topology.device)
+    return reason
+
+
+def _banner(
+    report: Report,
+    config: Config,
+    folder: Path,
+    topology: Topology,
+    threads_reason: str,
+    manifest: Manifest,
+    plan: Plan,
+    checkpoint: Checkpoint | None,
+) -> None:
+    train_split = manifest.splits["train"]
+    report.facts(
+        {
+            "run folder": str(folder),
+            "device": f"{describe_device(topology.device)}, {config.train.threads} threads ({threads_reason})",
+            "precision": f"{config.precision}, ZeRO stage {config.zero.stage}",
+            "data": f"{config.data.path}: {train_split.n_tokens:,} tokens of {train_split.n_documents:,} documents",
+            "start": "new" if checkpoint is None else f"continues {checkpoint.path.name}",
+        }
+    )
+    print_plan(plan, report.console)
+
+
+def _show_sample(run: Run, report: Report, label: str) -> None:
+    sample = run.config.sample
+    if not sample.prompt:
+        return
+    tokenizer = load_tokenizer(run.manifest.tokenizer_path)
+    pieces = complete(
+        run.model,
+        tokenizer,
+        sample.prompt,
+        effective_points(run.config, total_steps(run.config)),
+        n_tokens=sample.tokens,
+        eod_id=run.manifest.eod_id,
+    )
+    report.sample(label, sample.prompt, "".join(pieces))
+
+
+def _farewell(run: Run, report: Report, code: int) -> None:
+    """Where everything is, and what to type next."""
+    picture = plot_loss(run.folder)
+    newest = published(run.checkpoints)
+    again = f"python -m transmamba.train --config {run.folder / 'config.yaml'}"
+    rows = {"checkpoint": str(newest[0]) if newest else "none", "loss curve": str(picture or "none")}
+    if code != EXIT_DONE:
+        report.facts(rows | {"resume": again})
+        return
+    records = read_metrics(run.folder)
+    held = records[-1].get("validation", {}) if records else {}
+    for validation in run.held:
+        result = held.get(validation.name)
+        if result is None:
+            continue
+        gzip = validation.gzip_bits_per_byte
+        rows[validation.name] = (
+            f"{result['loss']:.4f} nats per token (unigram entropy {validation.unigram_entropy():.4f}), "
+            f"{result['bits_per_byte']:.4f} bits per byte" + ("" if gzip is None else f" (gzip -9 {gzip:.4f})")
+        )
+    steps = run.config.train.steps
+    longer = f"{again} train.steps={2 * steps}" if steps is not None else again
+    report.facts(
+        rows
+        | {
+            "next": f'transmamba generate {run.folder} -p "{run.config.sample.prompt or "The "}"',
+            "": longer,
+            " ": "python -m transmamba.train model=tiny_transformer",
+        }
+    )
+
+
+def _write_exit(folder: Path, code: int, cause: str) -> None:
+    newest = published(folder / "checkpoints")
+    record = {
+        "code": code,
+        "cause": cause,
+        "checkpoint": str(newest[0]) if newest else None,
+        "resume": f"python -m transmamba.train --config {folder / 'config.yaml'}",
+    }
+    (folder / "exit.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _code_of(error: Exception) -> int:
+    if isinstance(error, RunError):
+        return error.code
+    return EXIT_DATA if isinstance(error, DamagedData) else EXIT_CONFIG
+
+
+def _line_of(error: Exception) -> str:
+    if isinstance(error, DataError):
+        return f"transmamba: error: {error.what}: {error.problem}. Fix: {error.fix}."
+    return str(error)
+
+
+def _quieten_libraries() -> None:
+    """Their notes about missing extras and coming changes are not for the people who train."""
+    warnings.filterwarnings("ignore", module=r"(torch|megatron|deepspeed|wandb|pydantic|webdataset)(\..*)?")
+    for name in ("DeepSpeed", "megatron", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,31 @@
+"""`python -m transmamba.train [group=choice] [key=value] [--config FILE]`: pretrain a model.
+
+Torch is imported only after the configuration has passed validation, so a bad one answers at once, on any machine.
+"""
+
+import os
+import sys
+
+from transmamba.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compose, validate, train; returns the exit code."""
+    from transmamba.compose import load
+    from transmamba.validate import validate
+
+    try:
+        config = load(sys.argv[1:] if argv is None else argv)
+        validate(config, os.environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        from transmamba.errors import EXIT_CONFIG
+
+        return EXIT_CONFIG
+    from transmamba.session import train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
