@@ -33,6 +33,7 @@ _SKIPPED_FOLDERS = {
     "tests",
     "transmamba",
 }
+_SKIPPED_FILE = re.compile(r"(test_.*|.*_test|tests?|conftest|__editable__.*)\.py")
 _TRIPLE_QUOTED = re.compile(rb'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.DOTALL)
 
 
@@ -107,7 +108,7 @@ def list_modules() -> list[tuple[str, str]]:
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
             for name in names:
-                if name.endswith(".py") and not name.startswith(("test_", "__editable__")):
+                if name.endswith(".py") and not _SKIPPED_FILE.match(name):
                     parts = Path(folder, name[:-3]).relative_to(root).parts
                     found.append(
                         (parts[:-1] if parts[-1] == "__init__" else parts, os.path.join(folder, name))
@@ -173,7 +174,8 @@ def _parse_module(module: tuple[str, str]) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _parse_all(modules: list[tuple[str, str]], workers: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    if workers == 1:
+    # A daemonic process may not have children.
+    if workers == 1 or multiprocessing.current_process().daemon:
         yield from map(_parse_module, modules)
         return
     # Fork: the children run only the standard library, and need no importable main module.

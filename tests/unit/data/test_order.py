@@ -28,9 +28,9 @@ def test_permute_is_a_bijection_beyond_32_bits() -> None:
     assert out.max() > n - n // 100
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 16, 37])
+@pytest.mark.parametrize("n", [2, 3, 7, 16, 23])
 def test_every_element_reaches_every_place_equally_often(n: int) -> None:
-    n_keys = 200 * n
+    n_keys = 100 * n
     counts = np.zeros((n, n))
     for seed in range(n_keys):
         counts[np.arange(n), permute(np.arange(n), n, round_keys("test", seed))] += 1

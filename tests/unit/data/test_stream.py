@@ -34,7 +34,7 @@ def assert_equal_windows(one: Windows, other: Windows) -> None:
     assert [row.tolist() for row in one.starts] == [row.tolist() for row in other.starts]
 
 
-@settings(max_examples=400, derandomize=True, deadline=None)
+@settings(max_examples=300, derandomize=True, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 200), min_size=1, max_size=12),
     seq_len=st.integers(1, 40),
