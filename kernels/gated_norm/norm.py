@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from transmamba.kernels.gated_norm.triton_norm import norm_bwd, norm_fwd
+
 
 def gated_rms_norm(
     y_BTHV: Tensor,
@@ -66,31 +68,57 @@ class _GatedNorm(torch.autograd.Function):
     def forward(
         ctx: Any, y_BTHV: Tensor, weight_HV: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None, eps: float
     ) -> Tensor:
-        work = torch.float64 if y_BTHV.dtype == torch.float64 else torch.float32
-        u_BTHV = _gated(y_BTHV.to(work), z_BTHV, gate_BT)
-        scale = torch.rsqrt(u_BTHV.square().mean(-1, keepdim=True) + eps)
+        forward = norm_fwd if _on_gpu(y_BTHV) else _forward
+        out_BTHV, scale = forward(y_BTHV, weight_HV, z_BTHV, gate_BT, eps)
         ctx.save_for_backward(y_BTHV, weight_HV, z_BTHV, gate_BT, scale)
-        return (u_BTHV * scale * weight_HV.to(work)).to(y_BTHV.dtype)
+        return out_BTHV
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> _NormGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dout_BTHV,) = grads
         y_BTHV, weight_HV, z_BTHV, gate_BT, scale = ctx.saved_tensors
-        work = scale.dtype
-        y = y_BTHV.to(work)
-        normal_BTHV = _gated(y, z_BTHV, gate_BT) * scale
-        dout = dout_BTHV.to(work)
-        dweight_HV = (dout * normal_BTHV).flatten(0, -3).sum(0)
-        dnormal = dout * weight_HV.to(work)
-        du_BTHV = scale * (dnormal - normal_BTHV * (dnormal * normal_BTHV).mean(-1, keepdim=True))
-        if z_BTHV is None:
-            return _NormGrads(du_BTHV.to(y_BTHV.dtype), dweight_HV.to(weight_HV.dtype), None)
-        dz_BTHV = torch.ops.aten.silu_backward(du_BTHV * y, z_BTHV.to(work))
-        if gate_BT is not None:
-            dz_BTHV = dz_BTHV.masked_fill_(~gate_BT[..., None, None], 0)
-        dy_BTHV = _gated(du_BTHV, z_BTHV, gate_BT)
-        return _NormGrads(dy_BTHV.to(y_BTHV.dtype), dweight_HV.to(weight_HV.dtype), dz_BTHV.to(z_BTHV.dtype))
+        backward = norm_bwd if _on_gpu(y_BTHV) else _backward
+        dy, dweight, dz = backward(y_BTHV, weight_HV, z_BTHV, gate_BT, scale, dout_BTHV)
+        return _NormGrads(
+            dy.to(y_BTHV.dtype), dweight.to(weight_HV.dtype), None if dz is None else dz.to(z_BTHV.dtype)
+        )
+
+
+def _on_gpu(y_BTHV: Tensor) -> bool:
+    """Triton's kernels compute in float32, so float64 keeps the torch path on every device."""
+    return y_BTHV.is_cuda and y_BTHV.dtype != torch.float64
+
+
+def _forward(
+    y_BTHV: Tensor, weight_HV: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    work = torch.float64 if y_BTHV.dtype == torch.float64 else torch.float32
+    u_BTHV = _gated(y_BTHV.to(work), z_BTHV, gate_BT)
+    scale = torch.rsqrt(u_BTHV.square().mean(-1, keepdim=True) + eps)
+    return (u_BTHV * scale).mul_(weight_HV.to(work)).to(y_BTHV.dtype), scale
+
+
+def _backward(
+    y_BTHV: Tensor,
+    weight_HV: Tensor,
+    z_BTHV: Tensor | None,
+    gate_BT: Tensor | None,
+    scale: Tensor,
+    dout_BTHV: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    y, dout = y_BTHV.to(scale.dtype), dout_BTHV.to(scale.dtype)
+    normal_BTHV = _gated(y, z_BTHV, gate_BT) * scale
+    dweight_HV = (dout * normal_BTHV).flatten(0, -3).sum(0)
+    dnormal = dout * weight_HV.to(scale.dtype)
+    shared = (dnormal * normal_BTHV).mean(-1, keepdim=True)
+    du_BTHV = dnormal.addcmul_(normal_BTHV, shared, value=-1).mul_(scale)
+    if z_BTHV is None:
+        return du_BTHV, dweight_HV, None
+    dz_BTHV = torch.ops.aten.silu_backward(du_BTHV * y, z_BTHV.to(scale.dtype))
+    if gate_BT is not None:
+        dz_BTHV = dz_BTHV.masked_fill_(~gate_BT[..., None, None], 0)
+    return _gated(du_BTHV, z_BTHV, gate_BT), dweight_HV, dz_BTHV
 
 
 def _gated(values: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None) -> Tensor:

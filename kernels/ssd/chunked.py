@@ -90,7 +90,7 @@ def scan_backward(
 
 
 def _transfers(carry_BHC: Tensor) -> Tensor:
-    """Decay from the state that leaves chunk j to the one that enters chunk i: the carries in between, i > j."""
+    """Decay from the state that leaves chunk j to the one that enters chunk i: the carries in between."""
     n_chunks = carry_BHC.shape[-1]
     later = torch.ones(n_chunks, n_chunks, dtype=torch.bool, device=carry_BHC.device).tril(-1)
     factors_BHCC = torch.where(later[:-1], carry_BHC[..., :-1, None], 1).cumprod(-2)
@@ -111,7 +111,7 @@ def _pass_states(slab: Slab, state_BHNV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pass_gradients(slab: Slab, dy_BHCLV: Tensor | None, dstate_BHNV: Tensor) -> tuple[Tensor, Tensor]:
-    """Adjoint of step 3: gradients of the states that leave the chunks, and of the one that enters the slab."""
+    """Adjoint of step 3: gradients of the states that leave chunks, and of the one that enters the slab."""
     carry_BHC11 = slab.carry_BHC[..., None, None]
     if dy_BHCLV is None:
         read_BHCNV = dstate_BHNV.new_zeros(*slab.carry_BHC.shape, *dstate_BHNV.shape[2:])
@@ -161,7 +161,7 @@ def _chunk_gradients(
 
 
 def _last_decay_gradient(states_BHCNV: Tensor, leaving_BHNV: Tensor, dleaving_BHCNV: Tensor) -> Tensor:
-    """<state that leaves, its gradient> of every chunk: its whole content scales with the chunk's last decay sum."""
+    """<state that leaves, its gradient> of every chunk: all of it scales with the chunk's last decay sum."""
     inner_BHC = (states_BHCNV[:, :, 1:] * dleaving_BHCNV[:, :, :-1]).sum((-2, -1))
     last_BH = (leaving_BHNV * dleaving_BHCNV[:, :, -1]).sum((-2, -1))
     return torch.cat([inner_BHC, last_BH[..., None]], dim=-1)

@@ -45,10 +45,10 @@ class Streams(NamedTuple):
 class Slab(NamedTuple):
     """One slab in chunks, in the working precision; padded tokens are 0 in dt, b, c and x and do nothing.
 
-    `log_decay` is the sum of dt * A from the start of a chunk, in units of log 2. `read` is the decay from the
-    state that enters a chunk to a token, `write` that from a token to the state that leaves, `carry` that of the
-    whole chunk; all are 0 where a document starts in between. `barrier` is added to the log of the decay between
-    two tokens of a chunk: -inf where the first may not see the second.
+    `log_decay` is the sum of dt * A from the start of a chunk, in units of log 2. `read` is the decay from
+    the state that enters a chunk to a token, `write` that from a token to the state that leaves, `carry` that
+    of the whole chunk; all are 0 where a document starts in between. `barrier` is added to the log of the
+    decay between two tokens of a chunk: -inf where the first may not see the second.
     """
 
     c_BHCLN: Tensor
