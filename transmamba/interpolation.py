@@ -15,7 +15,7 @@ from transmamba.errors import Problem, looks_secret
 
 # A shared file must not read credentials from the environment into a configuration that is stored and logged.
 _ENVIRONMENT = re.compile(r"USER|HOME|SCRATCH|TMPDIR|SLURM_\w+")
-_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+_ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")
 _ENV_REFERENCE = re.compile(r"\$\{oc\.env:([^},$]*)(,[^{}$]*)?\}")
 _KEY_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 _BAD_VALUE = (OmegaConfBaseException, KeyError, TypeError, ValueError, RecursionError)
@@ -25,9 +25,10 @@ Path = tuple[Any, ...]
 def resolve(values: dict[str, Any], problems: list[Problem]) -> None:
     """Replace every interpolation by its value, in place; refuse credentials and what must not be read."""
     texts = list(_texts(values, ()))
-    has_references = any(_REFERENCE.search(text) for _, text in texts)
+    has_references = any("${" in text for _, text in texts)
     every_key = _over_defaults(values) if has_references else {}
-    root = OmegaConf.create(every_key)
+    readable = copy.deepcopy(every_key)
+    pending = []
     for path, text in texts:
         key = ".".join(str(part) for part in path[:2])
         problem = None
@@ -36,10 +37,18 @@ def resolve(values: dict[str, Any], problems: list[Problem]) -> None:
             problem = Problem(key, "looks like a credential", "<hidden>", fix)
         elif "_target_" in text or "_target_" in path:
             problem = Problem(key, "_target_ is not read", text, "write plain values only")
-        elif _REFERENCE.search(text):
-            problem = _refusal(key, text, every_key) or _replace(key, text, values, root, path)
         elif "${" in text:
-            _put(values, path, reduce(getitem, path, OmegaConf.create(values)))
+            problem = _refusal(key, text, every_key)
+            pending.append((path, text, key))
+        if problem is not None:
+            problems.append(problem)
+            pending = [entry for entry in pending if entry[0] != path]
+            _put(values, path, None)
+            if has_references:
+                _put(readable, path, None)
+    root = OmegaConf.create(readable)
+    for path, text, key in pending:
+        problem = _replace(key, text, values, root, path)
         if problem is not None:
             problems.append(problem)
             _put(values, path, None)
@@ -66,16 +75,22 @@ def _over_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 def _refusal(key: str, text: str, every_key: dict[str, Any]) -> Problem | None:
     """What is wrong with the references of one text before any is read."""
-    rest = text
-    for match in _ENV_REFERENCE.finditer(text):
+    unread = Problem(
+        key, "an interpolation that is not read", text, "write plain values, ${section.key} or ${oc.env:NAME}"
+    )
+    try:
+        OmegaConf.create({"text": text})
+    except OmegaConfBaseException:
+        return unread
+    rest = _ESCAPED.sub("", text)
+    for match in _ENV_REFERENCE.finditer(rest):
         if not _ENVIRONMENT.fullmatch(match[1]):
             fix = "write the value itself; only USER, HOME, SCRATCH, TMPDIR and SLURM_* are read"
             return Problem(key, "reads an environment variable that is not listed", match[1], fix)
         rest = rest.replace(match[0], "")
     names = _KEY_REFERENCE.findall(rest)
-    if len(names) > 1 or _REFERENCE.search(_KEY_REFERENCE.sub("", rest)):
-        fix = "write plain values, ${section.key} or ${oc.env:NAME}"
-        return Problem(key, "an interpolation that is not read", text, fix)
+    if len(names) > 1 or "${" in _KEY_REFERENCE.sub("", rest):
+        return unread
     chain = [key]
     while names and names[0] not in chain:
         chain.append(names[0])

@@ -49,7 +49,7 @@ _ALIASES = {
 _POINTS = "a list of tokens (0 or more), fractions of seq_len in (0, 1] or inf"
 _MEANINGS = {
     "transpoint.points": f"{_POINTS}, or null",
-    "transpoint.changes": "a list such as [{step: 1000, schedule: mamba_only}, {step: 2000, points: [0, inf]}]",
+    "transpoint.changes": "a list such as [{step: 100, schedule: mamba_only}, {step: 200, points: [0, inf]}]",
 }
 _EXAMPLES = {"data.path": "/data/tokens", "run.dir": "runs/my-run", "transpoint.points": "[0,64,inf]"}
 

@@ -48,8 +48,8 @@ def read(path: Path) -> dict[str, Any]:
     """Read one mapping of plain values.
 
     Raises:
-        ConfigError: too large, not UTF-8, not YAML, a duplicate key, a tag, an anchor, empty, or something else
-            than a mapping. The key of a problem inside the file is `file:line:column`.
+        ConfigError: too large, not UTF-8, not YAML, a duplicate key, a tag, an anchor, empty, or not a
+            mapping. The key of a problem inside the file is `file:line:column`.
         OSError: the file cannot be opened.
     """
     try:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _RARE_SHARE = 0.01
 # Columns that the numbers beside the bars take.
-_NUMBERS_WIDTH = 42
+_NUMBERS_WIDTH = 46
 _ATTENTION, _SCAN = "█", "·"
 
 
@@ -72,8 +72,8 @@ def make_plan(config: Config, manifest: "Manifest | None" = None) -> Plan:
 
     Args:
         config: a composed configuration.
-        manifest: that of the training data; its vocabulary counts and, with `data.document_mask`, its document
-            lengths. Without one a window is one document and the vocabulary that of the built-in corpus.
+        manifest: that of the training data; its vocabulary counts and, with `data.document_mask`, its
+            document lengths. Without one a window is one document, of the built-in corpus.
 
     Raises:
         ValueError: the layer pattern or the schedule cannot be read (see `transpoint`).
@@ -125,7 +125,7 @@ def print_plan(plan: Plan, console: "Console") -> None:
     console.print(totals)
     width = max(12, min(64, console.width - _NUMBERS_WIDTH))
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    for name in ("layer", "kind", "point", "scanned", "FLOPs"):
+    for name in ("layer", "kind", "point", "scan", "FLOPs"):
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
     table.add_column(f"0..{plan.seq_len - 1}", no_wrap=True)
     for number, layer in enumerate(plan.layers):
@@ -172,8 +172,8 @@ def run_plan(overrides: Sequence[str], as_json: bool) -> int:
 
 def _warnings(layers: Sequence[LayerPlan], shares: PositionShares) -> tuple[str, ...]:
     rare = [
-        f"layer {number} scans from token {layer.point} on, which {layer.share_past:.2%} of the tokens reach: "
-        "its scan will hardly be trained"
+        f"layer {number} scans from token {layer.point}; {layer.share_past:.2%} of the tokens reach it, "
+        "so its scan will hardly be trained"
         for number, layer in enumerate(layers)
         if layer.point is not None and layer.kind == "transmamba" and shares.past(layer.point) < _RARE_SHARE
     ]
