@@ -127,11 +127,11 @@ def _step_transmamba(
         D_H=heads.D_H,
     )
     is_scanned = position >= transpoint
-    if is_scanned:
-        cache.k_BTHN = cache.v_BTHV = None
-    else:
+    if not is_scanned:
         q_BTHN, k_BTHN = rotate(read.q_BTHN, read.k_BTHN, pos_BT, mixer.options)
         y_BHV = _attend(q_BTHN, k_BTHN, read.v_BTHV, cache)
+    if position + 1 >= transpoint:
+        cache.k_BTHN = cache.v_BTHV = None
     gate_TB = torch.full((1, x_1BD.shape[1]), is_scanned, device=x_1BD.device)
     return mixer.finish(y_BHV[None], x_1BD, gate_TB)
 
