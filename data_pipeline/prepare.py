@@ -24,8 +24,10 @@ from transmamba.data_pipeline.progress import Advance, show_step
 from transmamba.data_pipeline.publish import check_target, publish_folder, remove_folder
 from transmamba.data_pipeline.text import Document, find_files, read_documents
 from transmamba.data_pipeline.tokenizer import (
+    BATCH_CHARS,
     END_OF_TEXT,
     MIN_VOCAB_SIZE,
+    batches,
     encode_documents,
     end_of_text_id,
     load_tokenizer,
@@ -43,9 +45,7 @@ DEFAULT_VALIDATION_SHARE = 0.02
 DEFAULT_SEED = 17
 TOKENIZER_NAME = "tokenizer.json"
 # The merges of a few thousand tokens settle long before this much text.
-SAMPLE_CHARS = 16_000_000
-# Text handed to the encoder at once: enough to keep its threads busy.
-_BATCH_CHARS = 1_000_000
+SAMPLE_CHARS = 6_000_000
 
 # Split, text, tokens.
 _Encoded = tuple[str, str, np.ndarray]
@@ -278,26 +278,13 @@ def _encode(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], eod_id: int)
 
     with ThreadPoolExecutor(1) as thread:
         waiting = None
-        for batch in _batches(texts):
+        for batch in batches(texts, BATCH_CHARS, size=lambda entry: len(entry[1])):
             running = (batch, thread.submit(encode, batch))
             if waiting:
                 yield from finished(*waiting)
             waiting = running
         if waiting:
             yield from finished(*waiting)
-
-
-def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
-    n_chars = 0
-    for split, text in texts:
-        batch.append((split, text))
-        n_chars += len(text)
-        if n_chars >= _BATCH_CHARS:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch
 
 
 def _environment_digest() -> str:

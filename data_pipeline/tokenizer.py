@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -22,10 +22,14 @@ END_OF_TEXT = "<|endoftext|>"
 # Every byte and the special token.
 MIN_VOCAB_SIZE = 257
 VOCAB_MULTIPLE = 128
-# A longer text is encoded in pieces, because the encoder keeps about 100 bytes per token until it is done.
-PIECE_CHARS = 1_000_000
+# A longer text is cut, because the encoder gives each piece to one thread.
+PIECE_CHARS = 50_000
+# Text that is encoded at once: the encoder keeps some 200 bytes per token until it is done.
+BATCH_CHARS = 2_000_000
 # Byte-level pre-tokenization never joins tokens over a lone line break between two words.
 _SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+Entry = TypeVar("Entry")
 
 
 def padded_vocab_size(n: int) -> int:
@@ -54,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in split_long_text(text)), trainer)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -128,7 +132,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def split_long_text(text: str) -> list[str]:
-    """Cut a text into pieces of about a million characters whose encodings join to that of the whole text."""
+    """Cut a text into pieces of about `PIECE_CHARS` whose encodings join to that of the whole text."""
     pieces = []
     start = 0
     while len(text) - start > PIECE_CHARS:
@@ -143,11 +147,25 @@ def split_long_text(text: str) -> list[str]:
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str], *, eod_id: int) -> list[np.ndarray]:
     """Token ids of each text followed by `eod_id`, uint32; runs on every core that `tokenizers` may use."""
-    pieces = [split_long_text(text) for text in texts]
-    flat = [piece for group in pieces for piece in group]
-    encodings = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-    documents = []
-    for group in pieces:
-        ids = [np.array(next(encodings).ids, dtype=np.uint32) for _ in group]
-        documents.append(np.concatenate([*ids, np.array([eod_id], dtype=np.uint32)]))
-    return documents
+    pieces = [(i, piece) for i, text in enumerate(texts) for piece in split_long_text(text)]
+    ids: list[list[np.ndarray]] = [[] for _ in texts]
+    for batch in batches(pieces, BATCH_CHARS, size=lambda entry: len(entry[1])):
+        encodings = tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+        for (i, _), encoding in zip(batch, encodings, strict=True):
+            ids[i].append(np.array(encoding.ids, dtype=np.uint32))
+    end = np.array([eod_id], dtype=np.uint32)
+    return [np.concatenate([*parts, end]) for parts in ids]
+
+
+def batches(entries: Iterable[Entry], limit: int, *, size: Callable[[Entry], int]) -> Iterator[list[Entry]]:
+    """Group consecutive entries; a group ends with the entry that brings its sizes to `limit`."""
+    batch: list[Entry] = []
+    total = 0
+    for entry in entries:
+        batch.append(entry)
+        total += size(entry)
+        if total >= limit:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch

@@ -92,7 +92,7 @@ def test_the_same_text_gives_the_same_bytes(
     texts: Path, prepared: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Batches of another size and one thread must not show in the result.
-    monkeypatch.setattr(module, "_BATCH_CHARS", 20_000)
+    monkeypatch.setattr(module, "BATCH_CHARS", 20_000)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     options = {"vocab_size": 600, "shard_tokens": 70_000, "validation_share": 0.1}
     prepare([str(texts)], tmp_path / "again", workers=1, progress=False, **options)
