@@ -1,8 +1,12 @@
 """Comparison of kernels with their references: one measure, one table of tolerances."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 # Relative RMS error allowed for a result of this dtype against float64. bfloat16 keeps 8 bits: half a unit in
 # the last place is 2e-3, and a few roundings in a row stay below three of them.
@@ -35,3 +39,47 @@ def assert_planted_error_is_caught(actual: Tensor, expected: Tensor, tol: float 
         assert_close(
             actual.double() * 1.01, expected, TOLERANCE[actual.dtype] if tol is None else tol, "planted"
         )
+
+
+def values_and_gradients(op: Op, inputs: dict[str, Tensor], *, seed: int = 0) -> dict[str, Tensor]:
+    """Outputs of `op(**inputs)` and the gradients of all floating-point inputs, for random cotangents.
+
+    The cotangents depend on the seed and the output shapes only, so two implementations get the same ones. An
+    input that the outputs do not depend on has gradient 0.
+    """
+    leaves = {
+        name: value.detach().clone().requires_grad_() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    result = op(**leaves)
+    outputs = result if isinstance(result, tuple) else (result,)
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs]
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    reached = [
+        (output, cotangent.to(output.dtype))
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output.requires_grad
+    ]
+    gradients = torch.autograd.grad(
+        [output for output, _ in reached],
+        list(wanted.values()),
+        [cotangent for _, cotangent in reached],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    found = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    return found | {f"gradient of {name}": grad for name, grad in zip(wanted, gradients, strict=True)}
+
+
+def assert_matches_reference(
+    op: Op, reference: Op, inputs: dict[str, Tensor], tol: float | None = None
+) -> dict[str, Tensor]:
+    """Fail unless values and all gradients of `op` equal those of `reference` in float64; returns the former."""
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    actual, expected = values_and_gradients(op, inputs), values_and_gradients(reference, exact)
+    for name, value in actual.items():
+        assert_close(value, expected[name], tol, name)
+        if expected[name].abs().sum() > 0:
+            assert_planted_error_is_caught(value, expected[name], tol)
+    return actual
