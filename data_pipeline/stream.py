@@ -80,6 +80,8 @@ class Stream:
 
     def window_numbers(self, first: int, count: int) -> np.ndarray:
         """Numbers of the windows at those positions of the training order; window w starts at w * seq_len."""
+        if first < 0 or count < 0:
+            raise ValueError(f"{count} windows from position {first}: neither may be negative")
         positions = np.arange(first, first + count)
         epochs = positions // self.n_windows
         numbers = np.empty(count, dtype=np.int64)

@@ -152,6 +152,11 @@ def test_a_split_shorter_than_a_window_is_refused_with_both_numbers(make_corpus:
         stream.rows(0, 1)
 
 
+def test_a_negative_position_is_refused() -> None:
+    with pytest.raises(ValueError, match="neither may be negative"):
+        Stream(store_of_sizes([9]), seq_len=2, seed=0, shuffle_shards=1).window_numbers(-1, 2)
+
+
 @pytest.mark.parametrize(("seq_len", "shuffle_shards"), [(0, 1), (4, 0), (4, "some"), (4, 1.5)])
 def test_options_out_of_range_are_refused(seq_len: int, shuffle_shards: int | str) -> None:
     with pytest.raises(DataError):

@@ -23,6 +23,7 @@ from tests.unit.data.corpora import numbered_documents, write_corpus
 from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.manifest import MANIFEST_NAME, Manifest, load_manifest
 from transmamba.data_pipeline.tokens import TokenStore
+from transmamba.data_pipeline.verify import verify_shards
 
 MakeCorpus = Callable[..., Manifest]
 LENGTHS = [5, 61, 2, 2, 90, 33, 7, 128, 40]
@@ -230,6 +231,20 @@ def test_a_damaged_manifest_gives_an_error_or_the_same_tokens(make_corpus: MakeC
             continue
         assert np.array_equal(tokens, expected)
     assert n_refused > 300
+
+
+def test_verify_names_every_damaged_shard(make_corpus: MakeCorpus) -> None:
+    manifest = make_corpus(LENGTHS)
+    folder = manifest.folder
+    assert verify_shards(manifest, progress=False) == sum(
+        path.stat().st_size for path in folder.glob("*.tar")
+    )
+    for name in ("train-000001.tar", "validation-000000.tar"):
+        data = bytearray((folder / name).read_bytes())
+        data[-1] ^= 1
+        (folder / name).write_bytes(data)
+    with pytest.raises(DamagedData, match=r"2 of \d+ shards.*\(train-000001.tar, validation-000000.tar\)"):
+        verify_shards(manifest, progress=False)
 
 
 def test_the_reading_side_imports_neither_torch_nor_webdataset() -> None:
