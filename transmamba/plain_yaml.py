@@ -19,13 +19,19 @@ _TAGS = {kind: f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "
 
 
 class _PlainLoader(yaml.SafeLoader):
+    depth = 0
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ComposerError(None, None, "anchors and aliases are not read", event.start_mark)
-        return super().compose_node(parent, index)
+        if self.depth > _MAX_DEPTH:
+            raise ComposerError(None, None, f"nested more than {_MAX_DEPTH} levels deep", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -71,14 +77,14 @@ def parse(text: str, path: Path) -> dict[str, Any]:
     try:
         loader = _PlainLoader(text)
         node = loader.get_single_node()
-        value = None if node is None else _plain(node, path, 0)
+        value = None if node is None else _plain(node, path)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
         fix = "correct this line (spaces instead of tabs, closed brackets and quotes, plain values)"
         raise ConfigError([Problem(place, f"not readable: {error.problem}", line, fix)]) from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError([Problem(str(path), "not YAML", reason, "write plain YAML, UTF-8")]) from error
     finally:
@@ -98,16 +104,14 @@ def write(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
-def _plain(node: yaml.Node, path: Path, depth: int) -> Any:
+def _plain(node: yaml.Node, path: Path) -> Any:
     place = f"{path}:{node.start_mark.line + 1}"
-    if depth > _MAX_DEPTH:
-        raise ConfigError([Problem(place, "nested too deeply", f"{depth} levels", "use at most 16 levels")])
     if node.tag not in _TAGS.values():
         raise ConfigError([Problem(place, "a YAML tag", node.tag, "write plain values only, without tags")])
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(child, path, depth + 1) for child in node.value]
+        return [_plain(child, path) for child in node.value]
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, path, depth)
+        return _mapping(node, path)
     text = str(node.value)
     if node.tag == _TAGS["null"]:
         return None
@@ -121,7 +125,7 @@ def _plain(node: yaml.Node, path: Path, depth: int) -> Any:
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _mapping(node: yaml.MappingNode, path: Path, depth: int) -> dict[str, Any]:
+def _mapping(node: yaml.MappingNode, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, child in node.value:
         place = f"{name.value}:{name.start_mark.line + 1}" if isinstance(name, yaml.ScalarNode) else str(path)
@@ -129,5 +133,5 @@ def _mapping(node: yaml.MappingNode, path: Path, depth: int) -> dict[str, Any]:
             raise ConfigError([Problem(place, "a key that is not a word", None, "write `key: value`")])
         if name.value in found:
             raise ConfigError([Problem(place, f"given twice in {path}", name.value, "remove one of the two")])
-        found[name.value] = _plain(child, path, depth + 1)
+        found[name.value] = _plain(child, path)
     return found
