@@ -161,3 +161,17 @@ def test_a_negative_position_is_refused() -> None:
 def test_options_out_of_range_are_refused(seq_len: int, shuffle_shards: int | str) -> None:
     with pytest.raises(DataError):
         Stream(store_of_sizes([9]), seq_len=seq_len, seed=0, shuffle_shards=shuffle_shards)
+
+
+def test_groups_of_one_shard_are_read_shard_by_shard_in_another_order_each_epoch() -> None:
+    sizes = [25, 37, 101, 58, 66, 83]
+    stream = Stream(store_of_sizes(sizes), seq_len=10, seed=4, shuffle_shards=1)
+    shard_orders = set()
+    for epoch in range(4):
+        numbers = stream.window_numbers(epoch * stream.n_windows, stream.n_windows)
+        # A window belongs to the shard of its first token.
+        shards = np.searchsorted(np.cumsum(sizes), numbers * 10, side="right")
+        runs = [shard for shard, _ in itertools.groupby(shards.tolist())]
+        assert sorted(runs) == list(range(len(sizes)))
+        shard_orders.add(tuple(runs))
+    assert len(shard_orders) == 4
