@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program holds ROWS x V values of each tensor: 4096 in float32 are 32 registers a thread at 4 warps.
-VALUES_PER_PROGRAM = 4096
-# Partial sums of the weight gradient per head: enough programs to fill a GPU, few enough to sum cheaply.
+# A program holds ROWS x V values of each tensor: 1024 in float32 are 8 registers a thread at 4 warps.
+VALUES_PER_PROGRAM = 1024
+# Most partial sums of the weight gradient per head: enough programs to fill a GPU, few enough to sum cheaply.
 N_PARTS = 64
 
 
@@ -147,13 +147,14 @@ def norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of y, of the weight (float32) and of z."""
     y, dout = y_BTHV.contiguous(), dout_BTHV.contiguous()
-    options, _ = _options(y, z_BTHV, gate_BT)
+    options, rows = _options(y, z_BTHV, gate_BT)
     n_heads, n_values = weight_HV.shape
     n_tokens = scale_BTH1.numel() // n_heads
     dy_BTHV = torch.empty_like(y)
     dz_BTHV = None if z_BTHV is None else torch.empty_like(y, dtype=z_BTHV.dtype)
-    dweight = torch.empty(N_PARTS, n_heads, n_values, dtype=torch.float32, device=y.device)
-    norm_bwd_kernel[(N_PARTS, n_heads)](
+    n_parts = min(N_PARTS, max(triton.cdiv(n_tokens, rows), 1))
+    dweight = torch.empty(n_parts, n_heads, n_values, dtype=torch.float32, device=y.device)
+    norm_bwd_kernel[(n_parts, n_heads)](
         y,
         weight_HV.contiguous(),
         y if z_BTHV is None else z_BTHV.contiguous(),
@@ -164,7 +165,7 @@ def norm_bwd(
         dy_BTHV if dz_BTHV is None else dz_BTHV,
         dweight,
         n_tokens,
-        triton.cdiv(n_tokens, N_PARTS),
+        triton.cdiv(n_tokens, n_parts),
         **options,
     )
     return dy_BTHV, dweight.sum(0), dz_BTHV

@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from transmamba.kernels.documents import Documents
-from transmamba.kernels.ssd.slabs import Slab, Streams, chunked, load_slab, spans, to_groups, unchunked
+from transmamba.kernels.ssd.slabs import (
+    Slab,
+    Streams,
+    chunked,
+    load_slab,
+    spans,
+    sum_after,
+    to_groups,
+    unchunked,
+)
 
 
 class ScanGrads(NamedTuple):
@@ -69,11 +78,11 @@ def scan_backward(
     for span, state_BHNV in reversed(list(zip(plan, entering, strict=True))):
         slab = load_slab(streams, span, documents)
         dy_BHCLV = chunked(dy_BTHV, span, work) if span.wants_output else None
-        states_BHCNV, leaving_BHNV = _pass_states(slab, state_BHNV)
+        states_BHCNV, _ = _pass_states(slab, state_BHNV)
         dleaving_BHCNV, dentering_BHNV = _pass_gradients(slab, dy_BHCLV, dstate_BHNV)
-        dlast_BHC = _last_decay_gradient(states_BHCNV, leaving_BHNV, dleaving_BHCNV)
-        dc_BHCLN, db_BHCLN, du_BHCLV = _chunk_gradients(slab, dy_BHCLV, states_BHCNV, dleaving_BHCNV)
-        dlog_BHCL = _log_decay_gradient(slab, dc_BHCLN, db_BHCLN, dlast_BHC)
+        dc_BHCLN, db_BHCLN, du_BHCLV, dlog_BHCL = _chunk_gradients(
+            slab, dy_BHCLV, states_BHCNV, dleaving_BHCNV
+        )
         ddt_BHCL = (slab.x_BHCLV * du_BHCLV).sum(-1).addcmul_(A_H[:, None, None], dlog_BHCL)
         dA_H += (slab.dt_BHCL * dlog_BHCL).sum((0, 2, 3))
         dx_BHCLV = du_BHCLV.mul_(slab.dt_BHCL[..., None])
@@ -144,40 +153,32 @@ def _outputs(slab: Slab, states_BHCNV: Tensor, D_H: Tensor | None) -> Tensor:
 
 def _chunk_gradients(
     slab: Slab, dy_BHCLV: Tensor | None, states_BHCNV: Tensor, dleaving_BHCNV: Tensor
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Adjoints of steps 2 and 4: gradients of c, b and u, per head."""
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Adjoints of steps 2 and 4: gradients of c, b, u and dt * A, per head.
+
+    The decay of a token scales what passes over it: from a token before it, or the entering state, to a token
+    after or at it, or the leaving state. The pairs of a token with itself, often the largest by far, are left
+    out before the sums, so that they need not cancel.
+    """
     db_BHCLN = _matmul(slab.u_BHCLV, dleaving_BHCNV.mT).mul_(slab.write_BHCL[..., None])
     du_BHCLV = _matmul(slab.b_BHCLN, dleaving_BHCNV).mul_(slab.write_BHCL[..., None])
+    written_BHCL = (slab.b_BHCLN * db_BHCLN).sum(-1)
+    kept_BHC = (states_BHCNV * dleaving_BHCNV).sum((-2, -1)) * slab.carry_BHC
+    dlog_BHCL = pad(written_BHCL[..., :-1].cumsum(-1), (1, 0)).add_(kept_BHC[..., None])
     if dy_BHCLV is None:
-        return None, db_BHCLN, du_BHCLV
+        return None, db_BHCLN, du_BHCLV, dlog_BHCL
     pairs_BHCLL = _pair_decays(slab)
     weights_BHCLL = _matmul(slab.c_BHCLN, slab.b_BHCLN.mT).mul_(pairs_BHCLL)
     _add_matmul(du_BHCLV, weights_BHCLL.mT, dy_BHCLV)
-    dproduct_BHCLL = _matmul(dy_BHCLV, slab.u_BHCLV.mT).mul_(pairs_BHCLL)
+    dweights_BHCLL = _matmul(dy_BHCLV, slab.u_BHCLV.mT)
+    passed_BHCLL = weights_BHCLL.mul_(dweights_BHCLL)
+    passed_BHCLL.diagonal(dim1=-2, dim2=-1).zero_()
+    dproduct_BHCLL = dweights_BHCLL.mul_(pairs_BHCLL)
     _add_matmul(db_BHCLN, dproduct_BHCLL.mT, slab.c_BHCLN)
     dc_BHCLN = _matmul(dy_BHCLV, states_BHCNV.mT).mul_(slab.read_BHCL[..., None])
+    dsum_BHCL = (slab.c_BHCLN * dc_BHCLN).sum(-1).add_(passed_BHCLL.sum(-1)).sub_(passed_BHCLL.sum(-2))
     _add_matmul(dc_BHCLN, dproduct_BHCLL, slab.b_BHCLN)
-    return dc_BHCLN, db_BHCLN, du_BHCLV
-
-
-def _last_decay_gradient(states_BHCNV: Tensor, leaving_BHNV: Tensor, dleaving_BHCNV: Tensor) -> Tensor:
-    """<state that leaves, its gradient> of every chunk: all of it scales with the chunk's last decay sum."""
-    inner_BHC = (states_BHCNV[:, :, 1:] * dleaving_BHCNV[:, :, :-1]).sum((-2, -1))
-    last_BH = (leaving_BHNV * dleaving_BHCNV[:, :, -1]).sum((-2, -1))
-    return torch.cat([inner_BHC, last_BH[..., None]], dim=-1)
-
-
-def _log_decay_gradient(slab: Slab, dc_BHCLN: Tensor | None, db_BHCLN: Tensor, dlast_BHC: Tensor) -> Tensor:
-    """Gradient of dt * A per token.
-
-    A decay sum enters as a factor exp(+sum) on its token's c and exp(-sum) on its b, so its gradient is
-    c.dc - b.db; a token's dt * A is in the sums of all later tokens of the chunk.
-    """
-    dsum_BHCL = -(slab.b_BHCLN * db_BHCLN).sum(-1)
-    if dc_BHCLN is not None:
-        dsum_BHCL += (slab.c_BHCLN * dc_BHCLN).sum(-1)
-    dsum_BHCL[..., -1] += dlast_BHC
-    return dsum_BHCL.flip(-1).cumsum(-1).flip(-1)
+    return dc_BHCLN, db_BHCLN, du_BHCLV, dlog_BHCL.add_(sum_after(dsum_BHCL, slab.together))
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Slab(NamedTuple):
     `log_decay` is the sum of dt * A from the start of a chunk, in units of log 2. `read` is the decay from
     the state that enters a chunk to a token, `write` that from a token to the state that leaves, `carry` that
     of the whole chunk; all are 0 where a document starts in between. `barrier` is added to the log of the
-    decay between two tokens of a chunk: -inf where the first may not see the second.
+    decay between two tokens of a chunk: -inf where the first may not see the second. `together` [B, C, L, L]
+    is 1 where it may; None if no document starts in the slab.
     """
 
     c_BHCLN: Tensor
@@ -61,6 +62,7 @@ class Slab(NamedTuple):
     write_BHCL: Tensor
     carry_BHC: Tensor
     barrier: Tensor
+    together: Tensor | None
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,19 +93,43 @@ def load_slab(streams: Streams, span: Span, documents: Documents | None) -> Slab
     x, dt = chunked(streams.x_BTHV, span, work), chunked(streams.dt_BTH, span, work)
     b = to_heads(chunked(streams.b_BTGN, span, work), n_heads)
     c = to_heads(chunked(streams.c_BTGN, span, work), n_heads) if span.wants_output else b
-    log_decay = (dt * (streams.A_H.to(work) * LOG2_E)[:, None, None]).cumsum(-1)
-    from_start, to_end = log_decay, log_decay[..., -1:] - log_decay
-    visible = torch.ones(length, length, dtype=torch.bool, device=x.device)
+    decay = dt * (streams.A_H.to(work) * LOG2_E)[:, None, None]
+    barrier = torch.zeros(length, length, dtype=work, device=x.device)
     if documents is not None and _starts_inside(documents, span):
-        part_BHCL = chunked(documents.reset_BT[..., None].int(), span, torch.int32).cumsum(-1)
-        from_start = from_start.masked_fill(part_BHCL != 0, -torch.inf)
-        to_end = to_end.masked_fill(part_BHCL != part_BHCL[..., -1:], -torch.inf)
-        visible = part_BHCL[..., :, None] == part_BHCL[..., None, :]
-    barrier = torch.zeros(visible.shape, dtype=work, device=x.device)
-    if span.wants_output:
-        barrier.masked_fill_(~visible.tril(), -torch.inf)
+        part_BCL = chunked(documents.reset_BT[..., None].int(), span, torch.int32)[:, 0].cumsum(-1)
+        visible_BCLL = (part_BCL[..., :, None] == part_BCL[..., None, :]).tril()
+        together = visible_BCLL.to(work)
+        log_decay = sum_before(decay, together)
+        part_BHCL = part_BCL[:, None]
+        from_start = log_decay.masked_fill(part_BHCL != 0, -torch.inf)
+        to_end = (log_decay[..., -1:] - log_decay).masked_fill(part_BHCL != part_BHCL[..., -1:], -torch.inf)
+        barrier = barrier.masked_fill(~visible_BCLL[:, None], -torch.inf)
+    else:
+        together = None
+        from_start = log_decay = sum_before(decay, together)
+        to_end = log_decay[..., -1:] - log_decay
+        barrier.masked_fill_(torch.ones_like(barrier, dtype=torch.bool).triu(1), -torch.inf)
     read = from_start.exp2()
-    return Slab(c, b, x, x * dt[..., None], dt, log_decay, read, to_end.exp2(), read[..., -1], barrier)
+    return Slab(
+        c, b, x, x * dt[..., None], dt, log_decay, read, to_end.exp2(), read[..., -1], barrier, together
+    )
+
+
+def sum_before(values_BHCL: Tensor, together_BCLL: Tensor | None) -> Tensor:
+    """Sum over a token and those before it in its chunk and document.
+
+    A product with `together` keeps documents apart bit by bit, as differences of plain sums would not.
+    """
+    if together_BCLL is None:
+        return values_BHCL.cumsum(-1)
+    return torch.einsum("bcij,bhcj->bhci", together_BCLL, values_BHCL)
+
+
+def sum_after(values_BHCL: Tensor, together_BCLL: Tensor | None) -> Tensor:
+    """Sum over a token and those after it in its chunk and document: the adjoint of `sum_before`."""
+    if together_BCLL is None:
+        return values_BHCL.flip(-1).cumsum(-1).flip(-1)
+    return torch.einsum("bcij,bhci->bhcj", together_BCLL, values_BHCL)
 
 
 def chunked(stream: Tensor, span: Span, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,11 @@
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
 from transmamba.kernels.attention import prefix_attention
 from transmamba.kernels.attention.reference import attention_loop
 from transmamba.kernels.documents import Documents
@@ -14,7 +16,7 @@ PACKED = [[0, 1, 3, 20], [0, 2]]
 WHOLE = [[0], [0]]
 
 
-def streams(dtype: torch.dtype, n_values: int = 4, n_tokens: int = N_TOKENS) -> dict[str, Tensor]:
+def streams(dtype: torch.dtype, n_values: int = 4, n_tokens: int = N_TOKENS) -> dict[str, Any]:
     shapes = {"q_BTHN": 4, "k_BTHN": 4, "v_BTHV": n_values}
     return {name: torch.randn(2, n_tokens, 3, width).to(dtype) for name, width in shapes.items()}
 
@@ -40,7 +42,7 @@ def test_prefix_attention_keeps_precision_and_dtype(dtype: torch.dtype, n_values
     op, reference = (
         partial(function, documents=documents, prefix=19) for function in (prefix_attention, attention_loop)
     )
-    tol = 1e-2 if dtype == torch.bfloat16 else None  # SDPA rounds the softmax weights to bfloat16 as well
+    tol = 8e-3 if dtype == torch.bfloat16 else None  # SDPA rounds the softmax weights to bfloat16 as well
     found = assert_matches_reference(op, reference, streams(dtype, n_values), tol)
     assert found["output 0"].dtype == dtype
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor
+
 from transmamba.kernels.rope import rope
 from transmamba.kernels.testing import assert_close, assert_matches_reference
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from transmamba.kernels.testing import (
     TOLERANCE,
     assert_close,
@@ -41,7 +42,7 @@ def test_gradients_of_a_known_function_are_right() -> None:
     x = torch.tensor([1.0, 2.0], dtype=torch.float64)
     unused = torch.ones(1, dtype=torch.float64)
     found = values_and_gradients(lambda x, unused: x.square(), {"x": x, "unused": unused})
-    cotangent = torch.randn(2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cotangent = torch.randn(2, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(found["output 0"], x.square())
     assert torch.equal(found["gradient of x"], 2 * x * cotangent)
     assert torch.equal(found["gradient of unused"], torch.zeros(1, dtype=torch.float64))
