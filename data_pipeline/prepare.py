@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transmamba.data_pipeline.docstrings import MAX_CHARS, read_installed_docstrings
+from transmamba.data_pipeline.docstrings import MAX_CHARS, MIN_CHARS, MIN_SHARE, read_installed_docstrings
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.holdout import Holdout, choose_holdout
 from transmamba.data_pipeline.manifest import FORMAT_VERSION, SPLITS, Manifest, load_manifest, save_manifest
@@ -133,7 +133,7 @@ def default_corpus(cache_root: Path | None = None, progress: bool = True) -> Pat
     """Folder of the tokenized docstring corpus, built at first use.
 
     It is kept in `transmamba/` under `cache_root` (default: $XDG_CACHE_HOME or ~/.cache), under a name that
-    changes with the interpreter, the installed packages and the format. Several processes may build it.
+    changes with the interpreter, the installed packages and the rules. Several processes may build it.
 
     Raises:
         DataError: the cache folder cannot be written.
@@ -293,5 +293,7 @@ def _environment_digest() -> str:
         for package in importlib.metadata.distributions()
         if package.name != "transmamba"
     }
-    lines = [platform.python_version(), str(FORMAT_VERSION), *sorted(packages)]
+    rules = (FORMAT_VERSION, DEFAULT_VOCAB_SIZE, DEFAULT_VALIDATION_SHARE, DEFAULT_SEED, SAMPLE_CHARS)
+    corpus_rules = (MAX_CHARS, MIN_CHARS, MIN_SHARE)
+    lines = [platform.python_version(), repr(rules), repr(corpus_rules), *sorted(packages)]
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
