@@ -58,7 +58,8 @@ def run_problems(config: Config) -> Iterator[Problem]:
         return
     if folder.is_dir():
         yield from _lock_problems(folder)
-        yield from _ownership_problems(config, folder)
+        if not _checkpoint_steps(folder):  # with checkpoints the question is theirs: exit code 23
+            yield from _ownership_problems(config, folder)
     yield from _resume_problems(config, folder)
 
 
@@ -118,7 +119,9 @@ def _ownership_problems(config: Config, folder: Path) -> Iterator[Problem]:
     different = [
         key
         for key in wanted
-        if wanted[key] != stored.get(key) and key.split(".")[0] not in free and key not in free | _FREE_KEYS
+        if wanted[key] not in (None, stored.get(key))
+        and key.split(".")[0] not in free
+        and key not in free | _FREE_KEYS
     ]
     if "train.global_batch" in stored and stored["train.global_batch"] != wanted["train.global_batch"]:
         different.append("train.global_batch")
@@ -143,8 +146,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _resume_problems(config: Config, folder: Path) -> Iterator[Problem]:
     mode = config.resume.mode
-    manifests = folder.glob("checkpoints/step-*/manifest.json")
-    steps = [int(text) for file in manifests if (text := file.parent.name.removeprefix("step-")).isdecimal()]
+    steps = _checkpoint_steps(folder)
     if steps and mode == "never":
         fix = "use resume=auto to continue, or a new run.dir"
         yield Problem(
@@ -156,9 +158,22 @@ def _resume_problems(config: Config, folder: Path) -> Iterator[Problem]:
     elif not steps and mode == "must":
         fix = "use resume=auto to start anew, or correct run.dir"
         yield Problem("resume.mode", f"must continue, but {folder} holds no checkpoint", mode, fix)
-    elif steps and max(steps) >= total_steps(config):
+    elif steps and max(steps) >= total_steps(config) + (0 if _is_done(folder) else 1):
         fix = f"raise it above {max(steps)} to train longer, or use a new run.dir"
         yield Problem("train.steps", f"the run is complete at step {max(steps)}", total_steps(config), fix)
+
+
+def _checkpoint_steps(folder: Path) -> list[int]:
+    manifests = folder.glob("checkpoints/step-*/manifest.json")
+    return [int(text) for file in manifests if (text := file.parent.name.removeprefix("step-")).isdecimal()]
+
+
+def _is_done(folder: Path) -> bool:
+    """Whether the run said so itself; one killed after its last save may still finish, with nothing to do."""
+    try:
+        return json.loads((folder / "exit.json").read_text(encoding="utf-8"))["code"] == 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _foreign(folder: Path) -> list[str]:

@@ -118,9 +118,14 @@ def test_a_run_folder_continues_with_more_steps_and_after_a_dead_job(tmp_path: P
     validate(load([run, "train.steps=500", "resume=must"]), {})
 
 
-def test_a_longer_sequence_needs_to_be_allowed_on_resume(tmp_path: Path) -> None:
+def test_a_folder_whose_run_was_killed_at_its_last_step_may_still_finish(tmp_path: Path) -> None:
+    with_run(step=20)(tmp_path)
+    validate(load([f"run.dir={tmp_path}/run", "train.steps=20"]), {})
+
+
+def test_a_longer_sequence_needs_to_be_allowed_in_a_folder_of_another_length(tmp_path: Path) -> None:
     run = f"run.dir={tmp_path}/run"
-    with_run(config=run, step=5)(tmp_path)
+    with_run(config=run)(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.seq_len 256 -> 512.*resume\.allow"):
         validate(load([run, "data.seq_len=512"]), {})
     validate(load([run, "data.seq_len=512", "resume.allow=[seq_len]"]), {})
