@@ -26,9 +26,9 @@ class Windows:
             one) or where the target is padding, else 1.
     """
 
-    tokens_BT: np.ndarray  # noqa: N815
+    tokens_BT: np.ndarray
     starts: list[np.ndarray]
-    weight_BT: np.ndarray  # noqa: N815
+    weight_BT: np.ndarray
 
 
 class Stream:

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from transmamba.evaluate import Held, HeldOut
@@ -18,8 +25,8 @@ LINE_EVERY_S = 5.0  # without a terminal
 class Report:
     """Writes to standard output; a live bar on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self._progress: Progress | None = None
         self._task: Any = None
         self._last_line_at = 0.0

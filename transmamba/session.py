@@ -37,7 +37,7 @@ EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to
 
 def train(config: Config) -> int:
     """Train a validated configuration, telling the screen and the run folder; returns the exit code."""
-    _quieten_libraries()
+    quieten_libraries()
     report = Report()
     topology = None
     try:
@@ -61,7 +61,7 @@ def _train_in(config: Config, manifests: dict[str, Manifest], topology: Topology
     checkpoint, rejected, changed = None, [], []
     if config.run.dir is not None:
         checkpoint, rejected = resume.find_checkpoint(Path(config.run.dir) / "checkpoints", config)
-    threads_reason = _settle_machine(config, topology, checkpoint)
+    threads_reason = settle_machine(config, topology, checkpoint)
     if checkpoint is not None:
         changed = resume.check_belongs(checkpoint, config, fingerprint(manifest))
     folder = make_folder(config)
@@ -116,7 +116,7 @@ def _open_data(config: Config, report: Report) -> dict[str, Manifest]:
     return manifests | {name: load_manifest(Path(path)) for name, path in config.validation.sets.items()}
 
 
-def _settle_machine(config: Config, topology: Topology, checkpoint: Checkpoint | None) -> str:
+def settle_machine(config: Config, topology: Topology, checkpoint: Checkpoint | None) -> str:
     """Fix threads and precision in the configuration; returns why so many threads.
 
     Sums are split by thread, so a resumed run takes the thread count it was saved with: same bits.
@@ -188,14 +188,15 @@ def _farewell(run: Run, report: Report, code: int) -> None:
         gzip = validation.gzip_bits_per_byte
         rows[validation.name] = (
             f"{result['loss']:.4f} nats per token (unigram entropy {validation.unigram_entropy():.4f}), "
-            f"{result['bits_per_byte']:.4f} bits per byte" + ("" if gzip is None else f" (gzip -9 {gzip:.4f})")
+            f"{result['bits_per_byte']:.4f} bits per byte"
+            + ("" if gzip is None else f" (gzip -9 {gzip:.4f})")
         )
     steps = run.config.train.steps
     longer = f"{again} train.steps={2 * steps}" if steps is not None else again
     report.facts(
         rows
         | {
-            "next": f'transmamba generate {run.folder} -p "{run.config.sample.prompt or "The "}"',
+            "next": f'transmamba generate {run.folder} -p "{run.config.sample.prompt or "The"}"',
             "": longer,
             " ": "python -m transmamba.train model=tiny_transformer",
         }
@@ -225,7 +226,7 @@ def _line_of(error: Exception) -> str:
     return str(error)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Their notes about missing extras and coming changes are not for the people who train."""
     warnings.filterwarnings("ignore", module=r"(torch|megatron|deepspeed|wandb|pydantic|webdataset)(\..*)?")
     for name in ("DeepSpeed", "megatron", "torch.distributed"):

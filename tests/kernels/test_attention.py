@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from transmamba.kernels.attention import prefix_attention
 from transmamba.kernels.attention.reference import attention_loop

@@ -69,7 +69,7 @@ def test_conv_equals_torch_conv1d_with_left_padding() -> None:
 
 
 def test_sequence_first_memory_gives_the_same_and_keeps_its_order() -> None:
-    def turned(x_BTC: Tensor, **weights: Tensor) -> Tensor:
+    def turned(x_BTC: Tensor, **weights: Any) -> Tensor:
         return causal_conv(x_BTC.transpose(0, 1).contiguous().transpose(0, 1), **weights)
 
     assert_matches_reference(turned, conv_loop, streams())
@@ -78,7 +78,7 @@ def test_sequence_first_memory_gives_the_same_and_keeps_its_order() -> None:
 
 
 def test_a_column_slice_of_a_wider_stream_gives_the_same() -> None:
-    def sliced(x_BTC: Tensor, **weights: Tensor) -> Tensor:
+    def sliced(x_BTC: Tensor, **weights: Any) -> Tensor:
         return causal_conv(torch.cat([x_BTC, x_BTC], -1)[..., 5:], **weights)
 
     assert_matches_reference(sliced, conv_loop, streams())

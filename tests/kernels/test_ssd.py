@@ -140,7 +140,7 @@ def test_gradcheck_passes() -> None:
     documents = Documents.from_starts([[0, 4]], 9)
     for options in ({}, {"documents": documents}, {"first_output": 5}):
 
-        def scan(*values: Tensor, options: dict[str, object] = options) -> tuple[Tensor, Tensor]:
+        def scan(*values: Tensor, options: dict[str, Any] = options) -> tuple[Tensor, Tensor]:
             return ssd_scan(**dict(zip(inputs, values, strict=True)), **options)  # pyright: ignore[reportArgumentType]
 
         assert gradcheck(scan, tuple(inputs.values()))
@@ -228,7 +228,7 @@ def test_steps_equal_the_whole_row() -> None:
 
 
 def test_sequence_first_memory_gives_the_same() -> None:
-    def turned(**inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def turned(**inputs: Any) -> tuple[Tensor, Tensor]:
         views = {
             name: stream.transpose(0, 1).contiguous().transpose(0, 1) if "BT" in name else stream
             for name, stream in inputs.items()

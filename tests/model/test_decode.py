@@ -11,7 +11,15 @@ from transmamba.model.decode import prefill, step
 from transmamba.model.model import Model
 
 TOKENS = 30
-SMALL = {"n_layers": 3, "d_model": 16, "n_heads": 2, "d_ff": 24, "ssm_head_dim": 8, "ssm_state": 6, "ssm_groups": 2}
+SMALL = {
+    "n_layers": 3,
+    "d_model": 16,
+    "n_heads": 2,
+    "d_ff": 24,
+    "ssm_head_dim": 8,
+    "ssm_state": 6,
+    "ssm_groups": 2,
+}
 
 
 def build(kind: str, **options: object) -> Model:

@@ -33,13 +33,13 @@ def build(n_heads: int, width: int, **options: object) -> TransMambaMixer:
     return mixer
 
 
-def values_and_gradients(mixer: TransMambaMixer, output: Tensor, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+def values_and_gradients(
+    mixer: TransMambaMixer, output: Tensor, x: Tensor, cotangent: Tensor
+) -> dict[str, Tensor]:
     leaves = {"input": x, **dict(mixer.named_parameters())}
     gradients = torch.autograd.grad((output * cotangent).sum(), list(leaves.values()), allow_unused=True)
     zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    found = {
-        name: zeros[name] if g is None else g for name, g in zip(leaves, gradients, strict=True)
-    }
+    found = {name: zeros[name] if g is None else g for name, g in zip(leaves, gradients, strict=True)}
     return {"output": output.detach(), **found}
 
 
@@ -52,7 +52,9 @@ def compare(mixer: TransMambaMixer, n_tokens: int, starts: list[list[int]], tran
     documents = Documents.from_starts(starts, n_tokens)
     ours = values_and_gradients(mixer, mixer(x, transpoint, documents), x, cotangent)
     theirs = values_and_gradients(mixer, oracle_rows(mixer, x, transpoint, starts), x, cotangent)
-    errors = {name: (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1) for name in ours}
+    errors = {
+        name: (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1) for name in ours
+    }
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] < ATOL, f"{worst}: {errors[worst]:.2e} at P={transpoint}"
     return float(errors[worst])
@@ -126,7 +128,9 @@ def _with_zero_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def amnesic(**streams: Tensor) -> tuple[Tensor, Tensor]:
         first = streams["first_output"]
-        kept = torch.cat([torch.zeros_like(streams["x_BTHV"][:, :first]), streams["x_BTHV"][:, first:]], dim=1)
+        kept = torch.cat(
+            [torch.zeros_like(streams["x_BTHV"][:, :first]), streams["x_BTHV"][:, first:]], dim=1
+        )
         return scan(**{**streams, "x_BTHV": kept})
 
     monkeypatch.setattr(mixing, "ssd_scan", amnesic)
@@ -155,7 +159,9 @@ def _with_rotated_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixing, "ssd_scan", rotated)
 
 
-@pytest.mark.parametrize("fault", [_without_dt, _with_zero_state, _with_conv_per_segment, _with_rotated_converter])
+@pytest.mark.parametrize(
+    "fault", [_without_dt, _with_zero_state, _with_conv_per_segment, _with_rotated_converter]
+)
 def test_the_oracle_catches_a_wrong_converter(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
     mixer = build(2, 4)
     compare(mixer, 20, [[0]], 9.0)
