@@ -1,0 +1,78 @@
+"""`transmamba bench kernels`: measure the kernels against named peers and keep the numbers."""
+
+import json
+import re
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from transmamba.kernels.ssd.bench import rows
+from transmamba.machine import describe_device, versions
+
+PEERS = ("mamba-ssm", "einops")
+
+
+def bench_kernels(budget_s: float, mamba_ssm: str | None, out: Path) -> int:
+    """Measure every kernel row, print a table, and write `out`/<hardware>/kernels.json after each row.
+
+    Args:
+        budget_s: seconds of timing; checks and peers' imports come on top.
+        mamba_ssm: folder of an unpacked mamba-ssm, for a peer that is not installed.
+        out: folder of results.
+
+    Returns:
+        The exit code: 0, or 2 when `mamba_ssm` has no such peer.
+
+    Raises:
+        AssertionError: a kernel or a peer computes the wrong numbers; nothing is timed then.
+    """
+    device = torch.device("cpu")
+    hardware = describe_device(device)
+    file = out / re.sub(r"\W+", "-", hardware).strip("-").lower() / "kernels.json"
+    report: dict[str, Any] = {
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions() | _peer_versions(),
+        "rows": [],
+    }
+    console = Console()
+    table = Table(
+        "row", "ours", "best peer", "its result", "ratio", "target", title=f"{hardware}, CPU kernels"
+    )
+    try:
+        for row in rows(budget_s, mamba_ssm):
+            report["rows"].append(row)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(report, indent=1) + "\n")
+            table.add_row(*_cells(row))
+            console.print(f"[dim]{row['row']}: {_cells(row)[4]}[/dim]")
+    except ValueError as error:
+        Console(stderr=True).print(f"--mamba-ssm: {error}; give the folder of an unpacked mamba-ssm")
+        return 2
+    console.print(table)
+    console.print(f"written to {file}")
+    return 0
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "missing" in row:
+        return row["row"], "", f"not found: {row['missing']}", "", "", ""
+    amounts = (row["ours"], row["peers"][row["best_peer"]])
+    own, best = (f"{a * 1e3:.1f} ms" if row["unit"] == "s" else f"{a / 2**20:.0f} MiB" for a in amounts)
+    return row["row"], own, row["best_peer"], best, f"{row['ratio']:.2f}", f"{row['target']:g}"
+
+
+def _peer_versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
