@@ -11,9 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-SHORTEST_BUCKET = (
-    16  # shorter document prefixes are padded to it: a tiny attention call costs more than the padding
-)
+SHORTEST_BUCKET = 16  # shorter document prefixes are padded to it: a tiny attention call costs more than the padding
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,7 @@ class Documents:
         is_whole: every row is one document.
     """
 
-    def __init__(
-        self, starts: tuple[tuple[int, ...], ...], n_tokens: int, device: torch.device | str
-    ) -> None:
+    def __init__(self, starts: tuple[tuple[int, ...], ...], n_tokens: int, device: torch.device | str) -> None:
         self.n_rows = len(starts)
         self.n_tokens = n_tokens
         self.starts = starts
@@ -77,9 +73,7 @@ class Documents:
         return cls(((0,),) * n_rows, n_tokens, device)
 
     @classmethod
-    def from_starts(
-        cls, starts: Sequence[Sequence[int]], n_tokens: int, device: torch.device | str = "cpu"
-    ) -> Self:
+    def from_starts(cls, starts: Sequence[Sequence[int]], n_tokens: int, device: torch.device | str = "cpu") -> Self:
         """Boundaries from per-row start offsets.
 
         Args:
@@ -124,9 +118,7 @@ class Documents:
         """Tokens with `pos < n_edge`: columns as a sorted list, then columns and rows as indices. Cached."""
         if n_edge not in self._edges:
             edges = sorted(
-                (start + offset, row)
-                for row, start, length in self.spans()
-                for offset in range(min(n_edge, length))
+                (start + offset, row) for row, start, length in self.spans() for offset in range(min(n_edge, length))
             )
             columns, rows = [column for column, _ in edges], [row for _, row in edges]
             self._edges[n_edge] = (

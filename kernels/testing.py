@@ -36,9 +36,7 @@ def assert_planted_error_is_caught(actual: Tensor, expected: Tensor, tol: float 
     """Fail unless `actual` with an error of 1 % is rejected: proof that the tolerance can fail."""
     assert actual.numel(), "no values to plant an error in"
     with pytest.raises(AssertionError, match="relative RMS"):
-        assert_close(
-            actual.double() * 1.01, expected, TOLERANCE[actual.dtype] if tol is None else tol, "planted"
-        )
+        assert_close(actual.double() * 1.01, expected, TOLERANCE[actual.dtype] if tol is None else tol, "planted")
 
 
 def values_and_gradients(op: Op, inputs: dict[str, Tensor], *, seed: int = 0) -> dict[str, Tensor]:

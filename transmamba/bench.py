@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from transmamba.kernels.ssd.bench import rows
+from transmamba.errors import EXIT_CONFIG
+from transmamba.kernels.ssd.bench import load_peer, rows
 from transmamba.machine import describe_device, versions
 
 PEERS = ("mamba-ssm", "einops")
@@ -42,19 +44,18 @@ def bench_kernels(budget_s: float, mamba_ssm: str | None, out: Path) -> int:
         "rows": [],
     }
     console = Console()
-    table = Table(
-        "row", "ours", "best peer", "its result", "ratio", "target", title=f"{hardware}, CPU kernels"
-    )
+    table = Table("row", "ours", "best peer", "its result", "ratio", "target", title=f"{hardware}, CPU kernels")
     try:
-        for row in rows(budget_s, mamba_ssm):
-            report["rows"].append(row)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(report, indent=1) + "\n")
-            table.add_row(*_cells(row))
-            console.print(f"[dim]{row['row']}: {_cells(row)[4]}[/dim]")
+        load_peer(mamba_ssm)
     except ValueError as error:
-        Console(stderr=True).print(f"--mamba-ssm: {error}; give the folder of an unpacked mamba-ssm")
-        return 2
+        print(f"--mamba-ssm: {error}; give the folder of an unpacked mamba-ssm", file=sys.stderr)
+        return EXIT_CONFIG
+    for row in rows(budget_s, mamba_ssm):
+        report["rows"].append(row)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        table.add_row(*_cells(row))
+        console.print(f"[dim]{row['row']}: {_cells(row)[4]}[/dim]")
     console.print(table)
     console.print(f"written to {file}")
     return 0

@@ -40,13 +40,9 @@ def prefix_attention(
         ValueError: shapes disagree with each other or with `documents`.
     """
     if q_BTHN.shape != k_BTHN.shape or q_BTHN.shape[:3] != v_BTHV.shape[:3]:
-        raise ValueError(
-            f"q {tuple(q_BTHN.shape)}, k {tuple(k_BTHN.shape)}, v {tuple(v_BTHV.shape)} do not match"
-        )
+        raise ValueError(f"q {tuple(q_BTHN.shape)}, k {tuple(k_BTHN.shape)}, v {tuple(v_BTHV.shape)} do not match")
     if q_BTHN.shape[:2] != (documents.n_rows, documents.n_tokens):
-        raise ValueError(
-            f"q {tuple(q_BTHN.shape)} against {documents.n_rows} rows of {documents.n_tokens} tokens"
-        )
+        raise ValueError(f"q {tuple(q_BTHN.shape)} against {documents.n_rows} rows of {documents.n_tokens} tokens")
     scale = 1.0 / math.sqrt(q_BTHN.shape[-1]) if scale is None else scale
     if documents.is_whole:
         P = int(min(max(prefix, 0), documents.n_tokens))

@@ -58,9 +58,7 @@ def causal_conv(
     elif tail_BKC.shape != tail_shape:
         raise ValueError(f"tail {tuple(tail_BKC.shape)}, need {tail_shape}")
     if documents is not None and (documents.n_rows, documents.n_tokens) != x_BTC.shape[:2]:
-        raise ValueError(
-            f"documents of {documents.n_rows} rows of {documents.n_tokens} for {tuple(x_BTC.shape)}"
-        )
+        raise ValueError(f"documents of {documents.n_rows} rows of {documents.n_tokens} for {tuple(x_BTC.shape)}")
     return _Conv.apply(x_BTC, weight_CK, bias_C, tail_BKC, documents, activation)
 
 
@@ -202,9 +200,7 @@ def _adjoint(
     return dwindow
 
 
-def _fill_edges(
-    slab_BTC: Tensor, value: Tensor, documents: Documents | None, n_edge: int, start: int
-) -> None:
+def _fill_edges(slab_BTC: Tensor, value: Tensor, documents: Documents | None, n_edge: int, start: int) -> None:
     """Overwrite the rows with fewer than `n_edge` tokens of their document before them."""
     if documents is None or documents.is_whole:
         return

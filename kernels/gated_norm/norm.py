@@ -40,13 +40,9 @@ def gated_rms_norm(
     """
     if y_BTHV.shape[-2:] != weight_HV.shape or (z_BTHV is not None and z_BTHV.shape != y_BTHV.shape):
         z_shape = None if z_BTHV is None else tuple(z_BTHV.shape)
-        raise ValueError(
-            f"y {tuple(y_BTHV.shape)}, weight {tuple(weight_HV.shape)}, z {z_shape} do not match"
-        )
+        raise ValueError(f"y {tuple(y_BTHV.shape)}, weight {tuple(weight_HV.shape)}, z {z_shape} do not match")
     if gate_BT is not None and (z_BTHV is None or gate_BT.shape != y_BTHV.shape[:-2]):
-        raise ValueError(
-            f"gate {tuple(gate_BT.shape)} needs z and one entry per token of {tuple(y_BTHV.shape)}"
-        )
+        raise ValueError(f"gate {tuple(gate_BT.shape)} needs z and one entry per token of {tuple(y_BTHV.shape)}")
     return _GatedNorm.apply(y_BTHV, weight_HV, z_BTHV, gate_BT, eps)
 
 
@@ -80,9 +76,7 @@ class _GatedNorm(torch.autograd.Function):
         y_BTHV, weight_HV, z_BTHV, gate_BT, scale = ctx.saved_tensors
         backward = norm_bwd if _on_gpu(y_BTHV) else _backward
         dy, dweight, dz = backward(y_BTHV, weight_HV, z_BTHV, gate_BT, scale, dout_BTHV)
-        return _NormGrads(
-            dy.to(y_BTHV.dtype), dweight.to(weight_HV.dtype), None if dz is None else dz.to(z_BTHV.dtype)
-        )
+        return _NormGrads(dy.to(y_BTHV.dtype), dweight.to(weight_HV.dtype), None if dz is None else dz.to(z_BTHV.dtype))
 
 
 def _on_gpu(y_BTHV: Tensor) -> bool:

@@ -171,9 +171,7 @@ def norm_bwd(
     return dy_BTHV, dweight.sum(0), dz_BTHV
 
 
-def _options(
-    y_BTHV: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None
-) -> tuple[dict[str, int | bool], int]:
+def _options(y_BTHV: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None) -> tuple[dict[str, int | bool], int]:
     """Compile-time arguments of both kernels, and the rows of a program."""
     n_heads, n_values = y_BTHV.shape[-2:]
     columns = 1 << (n_values - 1).bit_length()

@@ -43,8 +43,8 @@ def rows(budget_s: float, mamba_ssm: str | None = None) -> Iterator[dict[str, An
         mamba_ssm: folder of an unpacked mamba-ssm; default the installed package, if there is one.
 
     Yields:
-        One dict a row: `row` (name), `ours`, `peers` (seconds or bytes by name), `best_peer`, `ratio` (best peer
-        over ours, median over rounds for times), `target`, `error` (relative RMS allowed when checked), `rounds`.
+        One dict a row: `row` (its name), `ours` and `peers` (in `unit`), `best_peer`, `ratio` (best peer over
+        ours; for times the median over rounds), `target`, `error` (relative RMS allowed), `rounds`.
         A peer that is missing is named in `missing` instead.
 
     Raises:
@@ -57,16 +57,14 @@ def rows(budget_s: float, mamba_ssm: str | None = None) -> Iterator[dict[str, An
     if peer is None:
         yield {"row": "scan against mamba-ssm", "missing": "mamba-ssm (install it or pass --mamba-ssm PATH)"}
     else:
-        contestants = {"ours": ours} | {
-            f"mamba-ssm chunk {size}": peer_scan(peer, size) for size in PEER_CHUNKS
-        }
+        contestants = {"ours": ours} | {f"mamba-ssm chunk {size}": peer_scan(peer, size) for size in PEER_CHUNKS}
         inputs = inputs_of(N_TOKENS)
         for name, target, step in (("forward", 1.8, forward), ("forward + backward", 2.0, forward_backward)):
             check(contestants, inputs, step)
             row = f"scan {name}, float32, B1 H8 N64 V64 T{N_TOKENS}"
             yield time_row(row, contestants, inputs, step, budget_s * 0.4) | {"target": target}
         yield memory_row(mamba_ssm)
-    contestants = {"ours": ours, "token loop": lambda values: scan_loop(**values)[0]}
+    contestants = {"ours": ours, "token loop": token_loop}
     inputs = inputs_of(N_TOKENS_LOOP)
     check(contestants, inputs, forward)
     row = f"scan forward, float32, B1 H8 N64 V64 T{N_TOKENS_LOOP}"
@@ -74,7 +72,7 @@ def rows(budget_s: float, mamba_ssm: str | None = None) -> Iterator[dict[str, An
 
 
 def inputs_of(n_tokens: int) -> Inputs:
-    """Random streams with step sizes and decay rates as at initialisation."""
+    """Random streams, in the order of the scan's arguments, with step sizes and decay rates as at initialisation."""
     streams = {name: torch.randn(1, n_tokens, 8, 64) for name in ("c_BTGN", "b_BTGN", "x_BTHV")}
     dt_BTH = softplus(torch.randn(1, n_tokens, 8) - 4)
     return {**streams, "dt_BTH": dt_BTH, "A_H": -torch.exp(torch.rand(8))}
@@ -83,7 +81,7 @@ def inputs_of(n_tokens: int) -> Inputs:
 def load_peer(path: str | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """mamba-ssm's `ssd_minimal_discrete`, from a folder or the installed package; None if there is none.
 
-    Its module imports GPU code that it does not need on the CPU; an empty stand-in takes that place while it loads.
+    Its module imports GPU code that the CPU does not need; an empty stand-in takes that place while it loads.
     """
     if path is None:
         spec = importlib.util.find_spec("mamba_ssm")
@@ -113,7 +111,14 @@ def load_peer(path: str | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 def ours(inputs: Inputs) -> Tensor:
     """The library's scan."""
-    return ssd_scan(**inputs)[0]
+    c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H = inputs.values()
+    return ssd_scan(c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H)[0]
+
+
+def token_loop(inputs: Inputs) -> Tensor:
+    """The definition."""
+    c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H = inputs.values()
+    return scan_loop(c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H)[0]
 
 
 def peer_scan(peer: Callable[..., tuple[Tensor, Tensor]], chunk: int) -> Scan:
@@ -185,11 +190,10 @@ def memory_row(mamba_ssm: str | None) -> dict[str, Any]:
     """Peak memory that forward and backward add, each contestant in a process of its own."""
     command = [sys.executable, "-m", "transmamba.kernels.ssd.bench", str(torch.get_num_threads())]
     path = [] if mamba_ssm is None else [mamba_ssm]
-    peaks = {
-        name: int(subprocess.run([*command, key, *path], check=True, capture_output=True, text=True).stdout)
-        for name, key in {"ours": "0"}
-        | {f"mamba-ssm chunk {size}": str(size) for size in PEER_CHUNKS}.items()
-    }
+    peaks: dict[str, int] = {}
+    for chunk in (0, *PEER_CHUNKS):
+        done = subprocess.run([*command, str(chunk), *path], check=True, capture_output=True, text=True)
+        peaks[f"mamba-ssm chunk {chunk}" if chunk else "ours"] = int(done.stdout)
     own = peaks.pop("ours")
     best = min(peaks, key=lambda name: peaks[name])
     row = f"scan forward + backward, peak memory, float32, B1 H8 N64 V64 T{N_TOKENS}"

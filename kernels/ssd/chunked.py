@@ -80,9 +80,7 @@ def scan_backward(
         dy_BHCLV = chunked(dy_BTHV, span, work) if span.wants_output else None
         states_BHCNV, _ = _pass_states(slab, state_BHNV)
         dleaving_BHCNV, dentering_BHNV = _pass_gradients(slab, dy_BHCLV, dstate_BHNV)
-        dc_BHCLN, db_BHCLN, du_BHCLV, dlog_BHCL = _chunk_gradients(
-            slab, dy_BHCLV, states_BHCNV, dleaving_BHCNV
-        )
+        dc_BHCLN, db_BHCLN, du_BHCLV, dlog_BHCL = _chunk_gradients(slab, dy_BHCLV, states_BHCNV, dleaving_BHCNV)
         ddt_BHCL = (slab.x_BHCLV * du_BHCLV).sum(-1).addcmul_(A_H[:, None, None], dlog_BHCL)
         dA_H += (slab.dt_BHCL * dlog_BHCL).sum((0, 2, 3))
         dx_BHCLV = du_BHCLV.mul_(slab.dt_BHCL[..., None])

@@ -140,13 +140,9 @@ def _check(streams: Streams, state: Tensor | None, documents: Documents | None, 
     if A.shape != (n_heads,) or (D is not None and D.shape != (n_heads,)):
         raise ValueError(f"A {tuple(A.shape)} and D must have one entry for each of {n_heads} heads")
     if state is not None and state.shape != (n_rows, n_heads, c.shape[3], n_values):
-        raise ValueError(
-            f"initial state {tuple(state.shape)}, need {(n_rows, n_heads, c.shape[3], n_values)}"
-        )
+        raise ValueError(f"initial state {tuple(state.shape)}, need {(n_rows, n_heads, c.shape[3], n_values)}")
     if documents is not None and (documents.n_rows, documents.n_tokens) != (n_rows, n_tokens):
-        raise ValueError(
-            f"documents of {documents.n_rows} rows of {documents.n_tokens} for x {tuple(x.shape)}"
-        )
+        raise ValueError(f"documents of {documents.n_rows} rows of {documents.n_tokens} for x {tuple(x.shape)}")
     if not 0 <= first_output <= n_tokens:
         raise ValueError(f"first_output {first_output} is outside 0..{n_tokens}")
 

@@ -12,13 +12,9 @@ from torch.nn.functional import pad
 
 from transmamba.kernels.documents import Documents
 
-LOG2_E = math.log2(
-    math.e
-)  # decays are powers of 2: torch's exp is far slower than exp2 on -inf and underflow
+LOG2_E = math.log2(math.e)  # decays are powers of 2: torch's exp is far slower than exp2 on -inf and underflow
 OUTPUT_CHUNK = 64  # tokens per chunk where outputs are wanted: its L x L part costs as much as its states
-STATE_CHUNK = (
-    256  # tokens per chunk that only builds state: the longest whose decay sum stays accurate in float32
-)
+STATE_CHUNK = 256  # tokens per chunk that only builds state: the longest whose decay sum stays accurate in float32
 SLAB_ELEMENTS = 1 << 18  # of an L x L matrix over all chunks, rows and heads of a slab: 1 MiB in float32
 
 
@@ -110,9 +106,7 @@ def load_slab(streams: Streams, span: Span, documents: Documents | None) -> Slab
         to_end = log_decay[..., -1:] - log_decay
         barrier.masked_fill_(torch.ones_like(barrier, dtype=torch.bool).triu(1), -torch.inf)
     read = from_start.exp2()
-    return Slab(
-        c, b, x, x * dt[..., None], dt, log_decay, read, to_end.exp2(), read[..., -1], barrier, together
-    )
+    return Slab(c, b, x, x * dt[..., None], dt, log_decay, read, to_end.exp2(), read[..., -1], barrier, together)
 
 
 def sum_before(values_BHCL: Tensor, together_BCLL: Tensor | None) -> Tensor:

@@ -79,7 +79,7 @@ def test_bad_arguments_are_refused() -> None:
 
 
 def run_probe(name: str, cache: Path, interpret: bool) -> list[dict[str, Any]]:
-    """Triton reads TRITON_INTERPRET when a kernel is defined, so each way of running needs its own process."""
+    """Triton reads TRITON_INTERPRET when a kernel is defined: each way of running needs its own process."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache)} | ({"TRITON_INTERPRET": "1"} if interpret else {})
     done = subprocess.run(
