@@ -78,9 +78,7 @@ def _merge(overrides: Overrides, problems: list[Problem]) -> dict[str, Any]:
         else:
             edit(name, value, from_file, problems)
     values = copy.deepcopy(_composed(tuple(sorted(choices.items()))))
-    _apply(
-        values, {key: value for key, value in from_file.items() if key.split(".")[0] not in overrides.choices}
-    )
+    _apply(values, {key: value for key, value in from_file.items() if key.split(".")[0] not in overrides.choices})
     _apply(values, overrides.edits)
     return values
 
@@ -120,8 +118,9 @@ def _apply(values: dict[str, Any], edits: dict[str, Any]) -> None:
         *parents, name = key.split(".", 2)
         place = values
         for parent in parents:
-            inner = place.setdefault(parent, {})
-            place = inner if isinstance(inner, dict) else place.update({parent: {}}) or place[parent]
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place = place[parent]
         if value is DELETED:
             place.pop(name, None)
         else:

@@ -32,9 +32,7 @@ def test_the_default_run_is_the_tiny_model_with_the_scaled_paper_schedule() -> N
     assert (config.train.steps, config.optim.lr, config.resume.mode) == (240, 3e-3, "auto")
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), [(group, name) for group, names in groups().items() for name in names]
-)
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in groups().items() for name in names])
 def test_every_preset_composes(group: str, name: str) -> None:
     extra = ["transpoint.points=[0]"] if name == "explicit" else []
     config = load([f"{group}={name}", *extra])

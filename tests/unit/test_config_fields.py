@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from transmamba.compose import load
+from transmamba.compose import load, to_yaml
 from transmamba.errors import ConfigError
 from transmamba.keys import leaves
+from transmamba.validate import validate
 
 HUGE = 10**30
 # Empty is a value here: no prompt, no entries.
@@ -129,6 +130,7 @@ WORDS = [
     *("_target_", "@", "+", "!!python/name:os.system", "1_000", "0x10", ".5", "sort(3,1)", "int(x)", "\x00"),
 ]
 KEYS = [*leaves(), "model", "transpoint", "resume", "optim", "hydra.run.dir", "foo", "", "--config"]
+ENVIRONMENT = ("WORLD_SIZE", "RANK", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "NETRC", "HOME")
 GOOD = [
     "model=small",
     "optim.lr=1e-4",
@@ -152,14 +154,29 @@ def random_argument(draw: random.Random) -> str:
     return f"{sign}{key}{equals}{value}"
 
 
+def random_file(draw: random.Random, text: str) -> str:
+    for _ in range(draw.choice([1, 1, 2, 5])):
+        place = draw.randrange(len(text))
+        text = text[:place] + draw.choice([*WORDS, ":", "-", "#", "&", "*", "!", "|", ">"]) + text[place + 3 :]
+    return text
+
+
 @pytest.mark.parametrize("seed", range(10))
-def test_random_edits_give_a_configuration_or_a_config_error_and_nothing_else(seed: int) -> None:
+def test_random_edits_give_a_configuration_or_a_config_error_and_nothing_else(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     draw = random.Random(seed)
+    stored = to_yaml(load(["transpoint.points=[0,inf]", "validation.sets.a=/data", "data.skip=['1:2']"]))
     outcomes = {True: 0, False: 0}
-    for _ in range(300):
-        argv: list[Any] = [random_argument(draw) for _ in range(draw.choice([1, 1, 2, 4]))]
+    for attempt in range(300):
+        argv = [random_argument(draw) for _ in range(draw.choice([1, 1, 2, 4]))]
+        if attempt % 6 == 0:
+            (tmp_path / "c.yaml").write_bytes(random_file(draw, stored).encode(errors="surrogatepass"))
+            argv = ["--config", "c.yaml"]
+        environ = {name: draw.choice(WORDS) for name in ENVIRONMENT if draw.random() < 0.1}
         try:
-            load(argv)
+            validate(load(argv), environ)
         except ConfigError as error:
             outcomes[False] += 1
             assert error.problems
@@ -167,3 +184,4 @@ def test_random_edits_give_a_configuration_or_a_config_error_and_nothing_else(se
         else:
             outcomes[True] += 1
     assert all(outcomes.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]

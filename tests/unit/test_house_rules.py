@@ -75,9 +75,7 @@ def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (
-                (node.lineno, f"{'.' * node.level}{node.module}.{alias.name}") for alias in node.names
-            )
+            yield from ((node.lineno, f"{'.' * node.level}{node.module}.{alias.name}") for alias in node.names)
 
 
 def inside(module: str, package: str) -> bool:
@@ -179,9 +177,7 @@ def test_an_import_in_the_wrong_direction_is_noticed(module: str, text: str) -> 
     assert list(import_faults(module, text))
 
 
-@pytest.mark.parametrize(
-    "text", ["eval('1')", "torch.load('x')", "run('ls', shell=True)", "tar.extractall()"]
-)
+@pytest.mark.parametrize("text", ["eval('1')", "torch.load('x')", "run('ls', shell=True)", "tar.extractall()"])
 def test_a_dangerous_call_is_noticed(text: str) -> None:
     assert list(call_faults("transmamba.loop", text))
 

@@ -20,12 +20,8 @@ runpy.run_module("transmamba.train", run_name="__main__")
 """
 
 
-def run(
-    argv: list[str], folder: Path, program: list[str], **environ: str
-) -> subprocess.CompletedProcess[str]:
-    clean = {
-        name: text for name, text in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")
-    }
+def run(argv: list[str], folder: Path, program: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: text for name, text in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     return subprocess.run(
         [sys.executable, *program, *argv],
         cwd=folder,

@@ -111,12 +111,8 @@ def test_points_are_a_pure_function() -> None:
 
 @pytest.mark.parametrize("n_layers", [1, 3, 8, 13])
 @pytest.mark.parametrize("seq_len", [2, 63, 256, 8192])
-@pytest.mark.parametrize(
-    "name", [*PAPER, "cycle", "uniform", "log", "attention_only", "mamba_only", "random"]
-)
-def test_every_schedule_gives_whole_tokens_or_infinity_for_every_layer(
-    name: str, seq_len: int, n_layers: int
-) -> None:
+@pytest.mark.parametrize("name", [*PAPER, "cycle", "uniform", "log", "attention_only", "mamba_only", "random"])
+def test_every_schedule_gives_whole_tokens_or_infinity_for_every_layer(name: str, seq_len: int, n_layers: int) -> None:
     found = scheduled(name, n_layers, seq_len)
     assert len(found) == n_layers
     assert all(point == INF or (isinstance(point, int) and 0 <= point <= seq_len) for point in found)

@@ -97,9 +97,7 @@ def test_every_kind_of_wrong_input_is_covered_or_named_as_not_applicable() -> No
         "model=tiny_hybrid",
     ],
 )
-def test_defaults_fit_themselves_to_what_is_given(
-    argv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_defaults_fit_themselves_to_what_is_given(argv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     validate(load(argv.split()), {})
 
@@ -112,9 +110,7 @@ def test_good_data_passes(prepared: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_run_folder_continues_with_more_steps_and_after_a_dead_job(tmp_path: Path) -> None:
     run = f"run.dir={tmp_path}/run"
-    with_run(config=run, step=5, lock__json=json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1}))(
-        tmp_path
-    )
+    with_run(config=run, step=5, lock__json=json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1}))(tmp_path)
     validate(load([run, "train.steps=500", "resume=must"]), {})
 
 

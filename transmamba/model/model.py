@@ -33,7 +33,7 @@ class Model(nn.Module):
         *,
         n_tokens_known: int,
         n_rows: int,
-        seed: int,
+        seed: int | None,
         recompute: bool = False,
     ):
         """Build and initialise.
@@ -43,7 +43,7 @@ class Model(nn.Module):
             layer_kinds: "transmamba", "transformer" or "mamba2" per layer.
             n_tokens_known: vocabulary of the tokenizer; logits of the padding rows beyond it are -inf.
             n_rows: embedding rows, at least `n_tokens_known`.
-            seed: of the initial weights.
+            seed: of the initial weights; None leaves them as they are (meta tensors, or values to be loaded).
             recompute: run every layer's forward again in the backward pass instead of keeping its activations.
         """
         super().__init__()
@@ -54,7 +54,8 @@ class Model(nn.Module):
         self.head = nn.Linear(config.d_model, n_rows, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        initialise(self, config, seed)
+        if seed is not None:
+            initialise(self, config, seed)
 
     def forward(
         self,

@@ -1,0 +1,1 @@
+"""Tools over checkpoints on disk; no process group, no GPU."""
