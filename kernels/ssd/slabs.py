@@ -61,6 +61,31 @@ class Slab(NamedTuple):
     together: Tensor | None
 
 
+class Workspace:
+    """Buffers that the slabs of one call share by name: fresh memory for each would cost more than the arithmetic."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Contiguous, with whatever the last user of this name left in it."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._buffers[name][:size].view(shape)
+
+    def multiply(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """left * right in a buffer of the shape of `left`."""
+        return torch.mul(left, right, out=self.take(name, *left.shape))
+
+    def matmul(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """Product of contiguous stacks of matrices, or of their transposes, in a buffer."""
+        product = self.take(name, *left.shape[:-1], right.shape[-1])
+        torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out=product.flatten(0, -3))
+        return product
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Precision of decays, states and sums for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -82,17 +107,17 @@ def spans(n_tokens: int, n_streams: int, first_output: int) -> list[Span]:
     return result
 
 
-def load_slab(streams: Streams, span: Span, documents: Documents | None) -> Slab:
+def load_slab(streams: Streams, span: Span, documents: Documents | None, space: Workspace) -> Slab:
     """Bring one slab into chunks and compute its decays; step 1 of README.md."""
     work = working_dtype(streams.x_BTHV.dtype)
     n_heads, length = streams.x_BTHV.shape[2], span.n_chunk_tokens
-    x, dt = chunked(streams.x_BTHV, span, work), chunked(streams.dt_BTH, span, work)
-    b = to_heads(chunked(streams.b_BTGN, span, work), n_heads)
-    c = to_heads(chunked(streams.c_BTGN, span, work), n_heads) if span.wants_output else b
+    x, dt = chunked(streams.x_BTHV, span, space, "x"), chunked(streams.dt_BTH, span, space, "dt")
+    b = to_heads(chunked(streams.b_BTGN, span, space, "b"), n_heads)
+    c = to_heads(chunked(streams.c_BTGN, span, space, "c"), n_heads) if span.wants_output else b
     decay = dt * (streams.A_H.to(work) * LOG2_E)[:, None, None]
     barrier = torch.zeros(length, length, dtype=work, device=x.device)
     if documents is not None and _starts_inside(documents, span):
-        part_BCL = chunked(documents.reset_BT[..., None].int(), span, torch.int32)[:, 0].cumsum(-1)
+        part_BCL = chunked(documents.reset_BT[..., None].to(work), span, space, "reset")[:, 0].cumsum(-1)
         visible_BCLL = (part_BCL[..., :, None] == part_BCL[..., None, :]).tril()
         together = visible_BCLL.to(work)
         log_decay = sum_before(decay, together)
@@ -106,7 +131,19 @@ def load_slab(streams: Streams, span: Span, documents: Documents | None) -> Slab
         to_end = log_decay[..., -1:] - log_decay
         barrier.masked_fill_(torch.ones_like(barrier, dtype=torch.bool).triu(1), -torch.inf)
     read = from_start.exp2()
-    return Slab(c, b, x, x * dt[..., None], dt, log_decay, read, to_end.exp2(), read[..., -1], barrier, together)
+    return Slab(
+        c,
+        b,
+        x,
+        space.multiply("u", x, dt[..., None]),
+        dt,
+        log_decay,
+        read,
+        to_end.exp2(),
+        read[..., -1],
+        barrier,
+        together,
+    )
 
 
 def sum_before(values_BHCL: Tensor, together_BCLL: Tensor | None) -> Tensor:
@@ -126,14 +163,14 @@ def sum_after(values_BHCL: Tensor, together_BCLL: Tensor | None) -> Tensor:
     return torch.einsum("bcij,bhci->bhcj", together_BCLL, values_BHCL)
 
 
-def chunked(stream: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
-    """Tokens of a slab, [B, T, H, ...], to contiguous [B, H, C, L, ...] of `dtype`, zero padded."""
+def chunked(stream: Tensor, span: Span, space: Workspace, name: str) -> Tensor:
+    """Tokens of a slab, [B, T, H, ...], to [B, H, C, L, ...] in a buffer, zero padded."""
     part = stream[:, span.start : span.stop]
     missing = -part.shape[1] % span.n_chunk_tokens
     if missing:
         part = pad(part, (0, 0) * (part.dim() - 2) + (0, missing))
     part = part.movedim(1, 2).unflatten(2, (-1, span.n_chunk_tokens))
-    return torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
+    return space.take(name, *part.shape).copy_(part)
 
 
 def unchunked(target: Tensor, chunks: Tensor, span: Span) -> None:
