@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from transmamba.kernels.documents import Documents, PrefixPlan
+from transmamba.kernels.rope import rope
 
 
 def prefix_attention(
@@ -21,6 +22,7 @@ def prefix_attention(
     prefix: int | float,
     *,
     scale: float | None = None,
+    rope_theta: float | None = None,
 ) -> Tensor:
     """Causal softmax attention inside each document for its tokens with `pos < prefix`, zeros elsewhere.
 
@@ -32,6 +34,8 @@ def prefix_attention(
         documents: boundaries of the B rows of T tokens.
         prefix: attend while the offset in the document is below it; 0, `math.inf` and values above T work.
         scale: factor on the logits; default 1 / sqrt(N).
+        rope_theta: rotate queries and keys by their offset in the document, with this base; None leaves them. Only
+            tokens that attend are rotated.
 
     Returns:
         y_BTHV in the dtype of `v_BTHV`.
@@ -46,22 +50,24 @@ def prefix_attention(
     scale = 1.0 / math.sqrt(q_BTHN.shape[-1]) if scale is None else scale
     if documents.is_whole:
         P = int(min(max(prefix, 0), documents.n_tokens))
-        y_BPHV = _attend(q_BTHN[:, :P], k_BTHN[:, :P], v_BTHV[:, :P], scale)
+        y_BPHV = _attend(q_BTHN[:, :P], k_BTHN[:, :P], v_BTHV[:, :P], scale, rope_theta)
         return y_BPHV if documents.n_tokens == P else pad(y_BPHV, (0, 0, 0, 0, 0, documents.n_tokens - P))
     plan = documents.prefix(prefix)
     q, k, v = (_Take.apply(stream.flatten(0, 1), plan) for stream in (q_BTHN, k_BTHN, v_BTHV))
     sizes = [n_prefixes * padded for n_prefixes, padded in plan.buckets]
     y = [
-        _attend(q_part.unflatten(0, bucket), k_part.unflatten(0, bucket), v_part.unflatten(0, bucket), scale)
-        for bucket, q_part, k_part, v_part in zip(
-            plan.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
-        )
+        _attend(*(part.unflatten(0, bucket) for part in parts), scale, rope_theta)
+        for bucket, *parts in zip(plan.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     ]
     y_padded = torch.cat([part.flatten(0, 1) for part in y]) if y else v
     return _Put.apply(y_padded, plan, documents.n_rows * documents.n_tokens).unflatten(0, v_BTHV.shape[:2])
 
 
-def _attend(q_BTHN: Tensor, k_BTHN: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
+def _attend(q_BTHN: Tensor, k_BTHN: Tensor, v_BTHV: Tensor, scale: float, rope_theta: float | None) -> Tensor:
+    """Rows that all start a document: position and column are the same."""
+    if rope_theta is not None:
+        pos_BT = torch.arange(q_BTHN.shape[1], device=q_BTHN.device).expand(q_BTHN.shape[:2])
+        q_BTHN, k_BTHN = rope(q_BTHN, pos_BT, rope_theta), rope(k_BTHN, pos_BT, rope_theta)
     q, k, v = (stream.transpose(1, 2) for stream in (q_BTHN, k_BTHN, v_BTHV))
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 

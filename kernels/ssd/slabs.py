@@ -15,7 +15,7 @@ from transmamba.kernels.documents import Documents
 LOG2_E = math.log2(math.e)  # decays are powers of 2: torch's exp is far slower than exp2 on -inf and underflow
 OUTPUT_CHUNK = 64  # tokens per chunk where outputs are wanted: its L x L part costs as much as its states
 STATE_CHUNK = 256  # tokens per chunk that only builds state: the longest whose decay sum stays accurate in float32
-SLAB_ELEMENTS = 1 << 18  # of an L x L matrix over all chunks, rows and heads of a slab: 1 MiB in float32
+SLAB_ELEMENTS = 1 << 19  # of an L x L matrix over all chunks, rows and heads of a slab: 2 MiB in float32
 
 
 class Span(NamedTuple):
