@@ -79,7 +79,9 @@ def _lock_problems(folder: Path) -> Iterator[Problem]:
     lock = folder / "lock.json"
     try:
         holder = json.loads(lock.read_text(encoding="utf-8"))
-        age_s = time.time() - lock.stat().st_mtime
+        # The lock is written once, the metrics with every step.
+        seen_at = max(path.stat().st_mtime for path in (lock, folder / "metrics.jsonl") if path.exists())
+        age_s = time.time() - seen_at
         host, pid = str(holder["host"]), int(holder["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return

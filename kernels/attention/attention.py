@@ -56,8 +56,8 @@ def prefix_attention(
     q, k, v = (_Take.apply(stream.flatten(0, 1), plan) for stream in (q_BTHN, k_BTHN, v_BTHV))
     sizes = [n_prefixes * padded for n_prefixes, padded in plan.buckets]
     y = [
-        _attend(*(part.unflatten(0, bucket) for part in parts), scale, rope_theta)
-        for bucket, *parts in zip(plan.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        _attend(q_.unflatten(0, bucket), k_.unflatten(0, bucket), v_.unflatten(0, bucket), scale, rope_theta)
+        for bucket, q_, k_, v_ in zip(plan.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     ]
     y_padded = torch.cat([part.flatten(0, 1) for part in y]) if y else v
     return _Put.apply(y_padded, plan, documents.n_rows * documents.n_tokens).unflatten(0, v_BTHV.shape[:2])

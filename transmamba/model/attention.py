@@ -24,14 +24,18 @@ class AttentionMixer(nn.Module):
 
     def forward(self, x_TBD: Tensor, transpoint: int | float, documents: Documents) -> Tensor:
         """Attend inside every document; `transpoint` is inf for this kind of layer."""
-        q_BTHN, k_BTHN, v_BTHN = self.heads(x_TBD, documents.pos_BT)
-        y_BTHN = prefix_attention(q_BTHN, k_BTHN, v_BTHN, documents, math.inf)
+        y_BTHN = prefix_attention(*self.heads(x_TBD), documents, math.inf, rope_theta=self.rope_theta)
         return self.out(y_BTHN.transpose(0, 1).flatten(-2))
 
-    def heads(self, x_TBD: Tensor, pos_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, batch first."""
+    def heads(self, x_TBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, batch first, not rotated."""
         qkv_BTHE = self.qkv(x_TBD).transpose(0, 1).unflatten(-1, (self.n_heads, 3 * self.width))
         q_BTHN, k_BTHN, v_BTHN = qkv_BTHE.chunk(3, dim=-1)
+        return q_BTHN, k_BTHN, v_BTHN
+
+    def rotated_heads(self, x_TBD: Tensor, pos_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with queries and keys rotated to their positions, as the decoding cache keeps them."""
+        q_BTHN, k_BTHN, v_BTHN = self.heads(x_TBD)
         if self.rope_theta is not None:
             q_BTHN, k_BTHN = rope(q_BTHN, pos_BT, self.rope_theta), rope(k_BTHN, pos_BT, self.rope_theta)
         return q_BTHN, k_BTHN, v_BTHN

@@ -71,7 +71,7 @@ def _read_prompt(
 ) -> LayerCache:
     match mixer:
         case AttentionMixer():
-            _, k_BTHN, v_BTHV = mixer.heads(x_TBD, documents.pos_BT)
+            _, k_BTHN, v_BTHV = mixer.rotated_heads(x_TBD, documents.pos_BT)
             return LayerCache(k_BTHN=k_BTHN, v_BTHV=v_BTHV)
         case Mamba2Mixer():
             streams = mixer.xbc(x_TBD).transpose(0, 1)
@@ -138,7 +138,7 @@ def _step_transmamba(
 
 def _step_attention(mixer: AttentionMixer, x_1BD: Tensor, cache: LayerCache, position: int) -> Tensor:
     pos_BT = torch.full((x_1BD.shape[1], 1), position, device=x_1BD.device)
-    y_BHN = _attend(*mixer.heads(x_1BD, pos_BT), cache)
+    y_BHN = _attend(*mixer.rotated_heads(x_1BD, pos_BT), cache)
     return mixer.out(y_BHN.flatten(-2))[None]
 
 

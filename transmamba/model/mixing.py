@@ -104,9 +104,8 @@ def mix_tokens(
         tokens, heads, documents.pos_BT, options, documents=documents
     )
     # Tokens to attend and tokens to scan are sizes: 0 and T are as ordinary as any other.
-    attended = prefix_attention(
-        *rotate(q_BTHN, k_BTHN, documents.pos_BT, options), v_BTHV, documents, transpoint
-    )
+    theta = options.rope_theta if options.rope == "attention" else None
+    attended = prefix_attention(q_BTHN, k_BTHN, v_BTHV, documents, transpoint, rope_theta=theta)
     first_output = documents.first_output(transpoint)
     n_scan = documents.n_tokens if first_output < documents.n_tokens else 0
     scanned, _ = ssd_scan(
