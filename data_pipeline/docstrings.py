@@ -54,9 +54,7 @@ class Corpus:
     @property
     def description(self) -> str:
         """One line for the manifest and the screen."""
-        text = (
-            f"docstrings of {len(self.documents)} modules of the standard library and the installed packages"
-        )
+        text = f"docstrings of {len(self.documents)} modules of the standard library and the installed packages"
         if self.n_unread:
             text += (
                 f", in the order standard library, then packages by name, up to {self.max_chars:,} "
@@ -110,9 +108,7 @@ def list_modules() -> list[tuple[str, str]]:
             for name in names:
                 if name.endswith(".py") and not _SKIPPED_FILE.match(name):
                     parts = Path(folder, name[:-3]).relative_to(root).parts
-                    found.append(
-                        (parts[:-1] if parts[-1] == "__init__" else parts, os.path.join(folder, name))
-                    )
+                    found.append((parts[:-1] if parts[-1] == "__init__" else parts, os.path.join(folder, name)))
         found.sort(key=lambda entry: ([part.casefold() for part in entry[0]], entry[1]))
         modules += [(".".join(parts), file) for parts, file in found]
     return modules

@@ -86,12 +86,8 @@ def choose_holdout(documents: Iterable[Document], *, share: float, seed: int, sa
     texts = tuple(text[:sample_chars] for _, text in sorted(sample, reverse=True))
     if _LEAST_PART * share * n_text_bytes <= n_held_out_bytes <= n_text_bytes / 2:
         return Holdout(seed, share, None, 0, n_documents, n_text_bytes, texts)
-    cut_at = _cut_position(
-        longest.text, wanted_share=share * n_text_bytes / len(longest.text.encode("utf-8"))
-    )
-    return Holdout(
-        seed, 0.0, longest.name, cut_at, n_documents, n_text_bytes, texts or (longest.text[:cut_at],)
-    )
+    cut_at = _cut_position(longest.text, wanted_share=share * n_text_bytes / len(longest.text.encode("utf-8")))
+    return Holdout(seed, 0.0, longest.name, cut_at, n_documents, n_text_bytes, texts or (longest.text[:cut_at],))
 
 
 def _cut_position(text: str, *, wanted_share: float) -> int:

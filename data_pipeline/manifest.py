@@ -102,9 +102,7 @@ def length_bins(lengths: np.ndarray) -> tuple[LengthBin, ...]:
     bins = np.searchsorted(LENGTH_EDGES, lengths, side="right") - 1
     counts = np.bincount(bins, minlength=1)
     sums = np.bincount(bins, weights=lengths, minlength=1)
-    return tuple(
-        LengthBin(int(LENGTH_EDGES[i]), int(counts[i]), int(sums[i])) for i in np.flatnonzero(counts).tolist()
-    )
+    return tuple(LengthBin(int(LENGTH_EDGES[i]), int(counts[i]), int(sums[i])) for i in np.flatnonzero(counts).tolist())
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
@@ -138,9 +136,7 @@ def load_manifest(path: Path) -> Manifest:
     except (ValueError, OSError) as error:
         raise DataError(str(file), f"cannot be read ({error})", _REBUILD) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise DataError(
-            str(file), "not a manifest of tokens", "give a folder made by `transmamba data prepare`"
-        )
+        raise DataError(str(file), "not a manifest of tokens", "give a folder made by `transmamba data prepare`")
     if record.get("format_version") != FORMAT_VERSION:
         problem = f"format version {record.get('format_version')!r}, this program reads {FORMAT_VERSION}"
         raise DataError(str(file), problem, _REBUILD)
@@ -159,16 +155,12 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def _manifest_of(record: dict[str, Any], folder: Path) -> Manifest:
-    fields = {
-        key: value for key, value in record.items() if key not in ("format", "format_version", "splits")
-    }
+    fields = {key: value for key, value in record.items() if key not in ("format", "format_version", "splits")}
     splits = {}
     for name in SPLITS:
         split = dict(record["splits"][name])
         shards = [
-            _checked(
-                Shard(**{**shard, "blocks": tuple(_checked(Block(*block)) for block in shard["blocks"])})
-            )
+            _checked(Shard(**{**shard, "blocks": tuple(_checked(Block(*block)) for block in shard["blocks"])}))
             for shard in split["shards"]
         ]
         bins = tuple(_checked(LengthBin(*entry)) for entry in split["lengths"])
@@ -219,9 +211,7 @@ def _check_tokenizer(manifest: Manifest) -> None:
     if not path.is_file():
         raise DataError(str(path), "the tokenizer of these tokens is missing", f"copy it back or {_REBUILD}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer_sha256:
-        raise DamagedData(
-            str(path), "does not match the digest in the manifest", f"copy it back or {_REBUILD}"
-        )
+        raise DamagedData(str(path), "does not match the digest in the manifest", f"copy it back or {_REBUILD}")
 
 
 def _check_shard(manifest: Manifest, shard: Shard) -> None:

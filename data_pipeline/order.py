@@ -24,9 +24,7 @@ class EpochOrder:
         shuffle_shards: shards per group, >= 1, or "all".
     """
 
-    def __init__(
-        self, first_windows: np.ndarray, *, seed: int, epoch: int, shuffle_shards: int | str
-    ) -> None:
+    def __init__(self, first_windows: np.ndarray, *, seed: int, epoch: int, shuffle_shards: int | str) -> None:
         n_shards = len(first_windows) - 1
         self._keys_of = (seed, epoch)
         self._group_size = n_shards if shuffle_shards == "all" else min(int(shuffle_shards), n_shards)
@@ -35,9 +33,7 @@ class EpochOrder:
         self._first_window_of = first_windows[:-1][shards]
         # Position of each permuted shard's first window, were the windows not permuted inside the groups.
         self._first_positions = np.concatenate([[0], np.cumsum(sizes)])
-        self._group_firsts = np.append(
-            self._first_positions[: -1 : self._group_size], self._first_positions[-1]
-        )
+        self._group_firsts = np.append(self._first_positions[: -1 : self._group_size], self._first_positions[-1])
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
         """Window numbers at the given positions of the epoch, int64."""

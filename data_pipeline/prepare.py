@@ -167,9 +167,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
 
 def _check_options(options: _Options) -> None:
     if not 0 < options.validation_share < 1:
-        raise DataError(
-            "validation_share", f"{options.validation_share} is no share", "use a number between 0 and 1"
-        )
+        raise DataError("validation_share", f"{options.validation_share} is no share", "use a number between 0 and 1")
     if options.vocab_size < MIN_VOCAB_SIZE:
         raise DataError("vocab_size", f"{options.vocab_size} is too small", f"use {MIN_VOCAB_SIZE} or more")
     for name in ("shard_tokens", "workers"):
@@ -220,9 +218,7 @@ def _advancing(documents: Iterable[Document], advance: Advance) -> Iterator[Docu
         advance(len(document.text))
 
 
-def _write_folder(
-    folder: Path, source: _Source, holdout: Holdout, tokenizer: Tokenizer, options: _Options
-) -> None:
+def _write_folder(folder: Path, source: _Source, holdout: Holdout, tokenizer: Tokenizer, options: _Options) -> None:
     # Imported here because it brings torch along, which those who only read do not need.
     from transmamba.data_pipeline.shards import SplitWriter
 

@@ -81,9 +81,7 @@ class SplitWriter:
         )
 
     def _write_blocks(self, *, last: bool = False) -> None:
-        tokens = (
-            np.concatenate(self._pending).astype(self._dtype) if self._pending else np.empty(0, self._dtype)
-        )
+        tokens = np.concatenate(self._pending).astype(self._dtype) if self._pending else np.empty(0, self._dtype)
         starts = np.array(self._pending_starts, dtype=np.int64)
         n_written = len(tokens) if last else len(tokens) - len(tokens) % self._block_tokens
         for first in range(0, n_written, self._block_tokens):
@@ -99,9 +97,7 @@ class SplitWriter:
             self._file = (self._folder / self._shard_name()).open("wb")
             self._tar = TarWriter(self._file, user="", group="", encoder=False, mtime=0)
         key = f"{self._split}-{len(self._shards):06d}-{len(self._shard_blocks):06d}"
-        self._tar.write(
-            {"__key__": key, TOKENS_MEMBER: _npy_bytes(tokens), STARTS_MEMBER: _npy_bytes(starts)}
-        )
+        self._tar.write({"__key__": key, TOKENS_MEMBER: _npy_bytes(tokens), STARTS_MEMBER: _npy_bytes(starts)})
         digest = block_digest(tokens, starts)
         self._shard_blocks.append((len(tokens), len(starts), digest, int(tokens.min()), int(tokens.max())))
         if len(self._shard_blocks) == self._blocks_per_shard:

@@ -48,9 +48,7 @@ class Stream:
         if seq_len < 1:
             raise DataError("data.seq_len", f"{seq_len} is not positive", "use 1 or more")
         if shuffle_shards != "all" and (not isinstance(shuffle_shards, int) or shuffle_shards < 1):
-            raise DataError(
-                "data.shuffle_shards", f"{shuffle_shards!r} is no group size", "use 1 or more, or all"
-            )
+            raise DataError("data.shuffle_shards", f"{shuffle_shards!r} is no group size", "use 1 or more, or all")
         self.store = store
         self.seq_len = seq_len
         self.seed = seed
@@ -98,9 +96,7 @@ class Stream:
             DamagedData: a block does not match its digest.
         """
         if not 0 <= first <= first + count <= self.n_sequential_windows:
-            raise ValueError(
-                f"windows {first} to {first + count} are outside 0 to {self.n_sequential_windows}"
-            )
+            raise ValueError(f"windows {first} to {first + count} are outside 0 to {self.n_sequential_windows}")
         return self._read(np.arange(first, first + count))
 
     def _order_of(self, epoch: int) -> EpochOrder:

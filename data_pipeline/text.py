@@ -91,9 +91,7 @@ def read_documents(files: TextFiles, *, field: str = "text") -> Iterator[Documen
                 if text.strip():
                     yield Document(str(path), text)
         except OSError as error:
-            raise DataError(
-                str(path), f"cannot be read ({error.strerror})", "check its permissions"
-            ) from error
+            raise DataError(str(path), f"cannot be read ({error.strerror})", "check its permissions") from error
 
 
 def _walk(folder: Path) -> list[Path]:

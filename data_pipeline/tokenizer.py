@@ -97,9 +97,7 @@ def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
     Raises:
         DataError: the tokenizer has no such special token.
     """
-    specials = {
-        entry.content: i for i, entry in tokenizer.get_added_tokens_decoder().items() if entry.special
-    }
+    specials = {entry.content: i for i, entry in tokenizer.get_added_tokens_decoder().items() if entry.special}
     if token not in specials:
         raise DataError(
             "tokenizer",
@@ -119,9 +117,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """
     description = json.loads(tokenizer.to_str())
     if '"ByteLevel"' not in json.dumps(description["decoder"]):
-        raise DataError(
-            "tokenizer", "not a byte-level tokenizer", "use a byte-level BPE (GPT-2 or Llama-3 style)"
-        )
+        raise DataError("tokenizer", "not a byte-level tokenizer", "use a byte-level BPE (GPT-2 or Llama-3 style)")
     n_bytes_E = np.zeros(vocab_size_of(tokenizer), dtype=np.int32)
     # In the byte-level alphabet one character stands for one byte.
     for token, i in tokenizer.get_vocab(with_added_tokens=False).items():

@@ -42,9 +42,7 @@ class TokenStore:
     @property
     def shard_first_tokens(self) -> np.ndarray:
         """Position of each shard's first token, and the total at the end: int64 [shards + 1]."""
-        return np.concatenate(
-            [[0], np.cumsum([shard.n_tokens for shard in self.split.shards], dtype=np.int64)]
-        )
+        return np.concatenate([[0], np.cumsum([shard.n_tokens for shard in self.split.shards], dtype=np.int64)])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Copy tokens `start` to `stop` (exclusive) in the stored dtype.
@@ -98,9 +96,7 @@ class TokenStore:
         if block_digest(*self._raw(i)) != block.sha256:
             path = self.manifest.folder / self.split.shards[shard].name
             problem = f"the block at byte {block.tokens_offset} does not match its digest"
-            raise DamagedData(
-                str(path), problem, "copy the shard again or make it with `transmamba data prepare`"
-            )
+            raise DamagedData(str(path), problem, "copy the shard again or make it with `transmamba data prepare`")
         self._verified[i] = True
 
     def _raw(self, i: int) -> tuple[np.ndarray, np.ndarray]:

@@ -128,9 +128,7 @@ def _show(record: dict[str, Any]) -> None:
     print(f"bare loop   {record['bare_s'] * 1e3:8.1f} ms per step")
     detail = f"with logging and a checkpoint every {BLOCK} steps"
     print(f"framework   {record['framework_s'] * 1e3:8.1f} ms per step, {detail}")
-    print(
-        f"ratio       {record['ratio']:8.3f}  (median of {record['blocks']} alternated blocks; at most {WANTED})"
-    )
+    print(f"ratio       {record['ratio']:8.3f}  (median of {record['blocks']} alternated blocks; at most {WANTED})")
 
 
 def _write(record: dict[str, Any], out: Path, kind: str, device: str) -> None:

@@ -153,9 +153,7 @@ def read(path: Path) -> Checkpoint:
         for entry in sorted(manifest["slices"], key=lambda entry: entry["start"]):
             values = contents[entry["file"]][entry["key"]]
             if _digest(values) != entry["sha256"]:
-                raise CheckpointError(
-                    f"{path / entry['file']}: slice {entry['key']} does not match its digest"
-                )
+                raise CheckpointError(f"{path / entry['file']}: slice {entry['key']} does not match its digest")
             tensor = (entry["name"], entry["kind"])
             n_values = torch.Size(manifest["tensors"][entry["name"]]).numel()
             whole = tensors.setdefault(tensor, torch.empty(n_values, dtype=values.dtype))
@@ -251,7 +249,7 @@ def _read_file(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _digest(values: Tensor) -> str:
-    return hashlib.sha256(values.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _set_aside(path: Path) -> None:

@@ -47,9 +47,7 @@ def generate(
     from transmamba.generate import generate as pieces_of
 
     def run() -> None:
-        for piece in pieces_of(
-            run_dir, prompt, n_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
-        ):
+        for piece in pieces_of(run_dir, prompt, n_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed):
             print(piece, end="", flush=True)
 
     _answer(run)

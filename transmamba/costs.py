@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from transmamba.config import ModelConfig, head_width
 from transmamba.transpoint import LayerKind
 
-FLOP_CONVENTION = (
-    "2 per multiply-add; causal half of attention; scan in dense chunks of 64; training = 3 x forward"
-)
+FLOP_CONVENTION = "2 per multiply-add; causal half of attention; scan in dense chunks of 64; training = 3 x forward"
 CHUNK = 64
 BUILT_IN_VOCAB = 4096
 TRAINING_OVER_FORWARD = 3

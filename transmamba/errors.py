@@ -48,9 +48,7 @@ class Problem:
         """The problem on one line of printable text, the value shortened, a credential left out."""
         value = "<hidden>" if looks_secret(self.key, self.value) else _shown(self.value)
         key = "<hidden>" if looks_secret("", self.key) else _one_line(self.key, _MAX_VALUE)
-        return (
-            f"transmamba: error: {key}: {_one_line(self.problem)} (got {value}). Fix: {_one_line(self.fix)}."
-        )
+        return f"transmamba: error: {key}: {_one_line(self.problem)} (got {value}). Fix: {_one_line(self.fix)}."
 
 
 class ConfigError(Exception):
@@ -73,9 +71,7 @@ def _shown(value: object) -> str:
 
 def _one_line(text: str, limit: int = 400) -> str:
     # repr-style escapes keep a terminal safe from control characters and lone surrogates.
-    text = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split())
-    )
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

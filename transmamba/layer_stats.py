@@ -41,6 +41,5 @@ def layer_stats(layers: nn.ModuleList) -> Iterator[dict[str, list[float]]]:
             handle.remove()
     for name in names:
         result[name] = [
-            (float(total) / max(count, 1)) ** 0.5
-            for total, count in zip(squares[name], counts[name], strict=True)
+            (float(total) / max(count, 1)) ** 0.5 for total, count in zip(squares[name], counts[name], strict=True)
         ]

@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from transmamba.config import Config
 
+Precision = Literal["fp32", "bf16"]
 _PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
@@ -27,7 +28,7 @@ def choose_threads(wanted: int | None) -> tuple[int, str]:
     return free, f"{cores} cores, load {busy:.1f}"
 
 
-def choose_precision(wanted: str | None, device: torch.device) -> str:
+def choose_precision(wanted: Precision | None, device: torch.device) -> Precision:
     """bf16 where the matrix units are made for it, fp32 elsewhere."""
     return wanted or ("bf16" if device.type == "cuda" else "fp32")
 

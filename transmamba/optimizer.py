@@ -11,13 +11,11 @@ from transmamba.transpoint import effective_points
 def decayed_names(module: nn.Module, config: Config) -> set[str]:
     """Names of the parameters that weight decay shrinks: the matrices.
 
-    Not A_log, D, dt_bias, norms and biases (Mamba-2, Megatron), nor the scan's own projections z and dt of a layer whose
-    TransPoint no token can pass: they get no gradient, and decay alone would wear them away.
+    Not A_log, D, dt_bias, norms and biases (Mamba-2, Megatron), nor the scan's own projections z and dt of a layer
+    whose TransPoint no token can pass: they get no gradient, and decay alone would wear them away.
     """
     starts = [0, *(change.step for change in config.transpoint.changes)]
-    lowest = [
-        min(per_layer) for per_layer in zip(*(effective_points(config, s) for s in starts), strict=True)
-    ]
+    lowest = [min(per_layer) for per_layer in zip(*(effective_points(config, s) for s in starts), strict=True)]
     idle = {
         f"layers.{layer}.mixer.{name}.weight"
         for layer, point in enumerate(lowest)

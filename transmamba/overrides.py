@@ -86,9 +86,7 @@ def _split(argv: list[str], found: Overrides, problems: list[Problem]) -> list[s
         if text == "--config" or text.startswith("--config="):
             name = text.partition("=")[2] or (rest.pop(0) if rest and "=" not in rest[0] else "")
             if not name or found.file is not None:
-                problems.append(
-                    Problem("--config", "needs exactly one file", name, "write --config FILE once")
-                )
+                problems.append(Problem("--config", "needs exactly one file", name, "write --config FILE once"))
             else:
                 found.file = Path(name)
         elif text.startswith("-"):
@@ -130,9 +128,7 @@ def _sort(override: Override, text: str, found: Overrides, problems: list[Proble
     shown = text.partition("=")[2] or text
     earlier = found.texts.setdefault(key, text)
     if earlier != text:
-        problems.append(
-            Problem(key, "given twice with different values", f"{earlier} and {text}", "keep one")
-        )
+        problems.append(Problem(key, "given twice with different values", f"{earlier} and {text}", "keep one"))
     elif key.split(".")[0].split("/")[0] == "hydra":
         problems.append(Problem(key, "Hydra's own settings cannot be overridden", shown, "remove it"))
     elif "_target_" in text:

@@ -1,4 +1,4 @@
-"""transformers' mixers with our weights: independent implementations for parity tests and benchmarks (extra `peers`)."""
+"""transformers' mixers with our weights: independent, for parity tests and benchmarks (extra `peers`)."""
 # I inner width, D model width.
 
 from typing import Any
@@ -58,8 +58,8 @@ def llama_peer(qkv_weight: Tensor, out_weight: Tensor, config: ModelConfig) -> n
         head_dim=width,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         num_hidden_layers=1,
-        attn_implementation="sdpa",
     )
+    settings._attn_implementation = "sdpa"
     attention = modeling_llama.LlamaAttention(settings, layer_idx=0)
     q, k, v = qkv_weight.detach().unflatten(0, (config.n_heads, 3, width)).unbind(1)
     attention.load_state_dict(

@@ -60,14 +60,10 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(
-                [Problem("--config", "the file is too large", path, f"stay below {MAX_BYTES} bytes")]
-            )
+            raise ConfigError([Problem("--config", "the file is too large", path, f"stay below {MAX_BYTES} bytes")])
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            [Problem(str(path), "not a text file", error.reason, "save it as UTF-8")]
-        ) from error
+        raise ConfigError([Problem(str(path), "not a text file", error.reason, "save it as UTF-8")]) from error
     return parse(text, path)
 
 

@@ -67,7 +67,7 @@ def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> l
         raise RunError(
             EXIT_CHECKPOINT_MISMATCH,
             f"data.path: {checkpoint.path} was trained on other tokens or another tokenizer "
-            f"(got {config.data.path}). Fix: point data.path at the data of this run, or start anew with another run.dir",
+            f"(got {config.data.path}). Fix: point data.path at this run's data, or start anew with another run.dir",
         )
     return differing
 
@@ -121,9 +121,7 @@ def record(config: Config, step: int, data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def log_choice(
-    journal: Journal, checkpoint: Checkpoint | None, rejected: list[str], changed: list[str]
-) -> None:
+def log_choice(journal: Journal, checkpoint: Checkpoint | None, rejected: list[str], changed: list[str]) -> None:
     """Put the choice on record, the refused checkpoints first."""
     for reason in rejected:
         journal.event("checkpoint.rejected", reason=reason)

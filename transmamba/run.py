@@ -80,9 +80,7 @@ def build_run(config: Config, topology: Topology, folder: Path, manifests: dict[
         batches = batches_of(source, "validation")
         bytes_of = token_bytes(load_tokenizer(source.tokenizer_path))
         held.append(Held("validation" if name == "train" else name, batches.stream, batches, bytes_of))
-    return Run(
-        config, topology, folder, manifest, model, optimizer, stage, batches_of(manifest, "train"), held
-    )
+    return Run(config, topology, folder, manifest, model, optimizer, stage, batches_of(manifest, "train"), held)
 
 
 def build_model(config: Config, n_tokens_known: int) -> Model:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import shutil
 import sys
 import traceback
@@ -188,8 +187,7 @@ def _farewell(run: Run, report: Report, code: int) -> None:
         gzip = validation.gzip_bits_per_byte
         rows[validation.name] = (
             f"{result['loss']:.4f} nats per token (unigram entropy {validation.unigram_entropy():.4f}), "
-            f"{result['bits_per_byte']:.4f} bits per byte"
-            + ("" if gzip is None else f" (gzip -9 {gzip:.4f})")
+            f"{result['bits_per_byte']:.4f} bits per byte" + ("" if gzip is None else f" (gzip -9 {gzip:.4f})")
         )
     steps = run.config.train.steps
     longer = f"{again} train.steps={2 * steps}" if steps is not None else again

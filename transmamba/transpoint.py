@@ -71,9 +71,7 @@ def effective_points(config: Config, step: int = 0) -> list[int | float]:
     return [fixed.get(kind, point) for kind, point in zip(kinds, scheduled, strict=True)]
 
 
-def _period(
-    schedule: ScheduleName, config: TranspointConfig, n_layers: int, seq_len: int
-) -> list[int | float]:
+def _period(schedule: ScheduleName, config: TranspointConfig, n_layers: int, seq_len: int) -> list[int | float]:
     if schedule == "explicit":
         raise ValueError("transpoint.schedule=explicit needs transpoint.points")
     if schedule == "attention_only":

@@ -75,9 +75,7 @@ def _path_problems(config: Config) -> Problems:
     paths |= {f"validation.sets.{name}": path for name, path in config.validation.sets.items()}
     for key, path in paths.items():
         if path is not None and ("\0" in path or ".." in Path(path).parts or len(path) > 4096):
-            yield Problem(
-                key, "a path with '..' or a NUL character", path, "give an absolute or a plain path"
-            )
+            yield Problem(key, "a path with '..' or a NUL character", path, "give an absolute or a plain path")
     for name in config.validation.sets:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
             fix = "use letters, digits, - and _ in the names of the sets"
@@ -88,9 +86,7 @@ def _world_problems(environ: Mapping[str, str]) -> Problems:
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "WORLD_SIZE" not in environ:
         if "RANK" in environ or ("SLURM_PROCID" in environ and tasks.isdigit() and int(tasks) > 1):
-            yield Problem(
-                "WORLD_SIZE", "not set although this is one of several processes", None, _STARTED_BY
-            )
+            yield Problem("WORLD_SIZE", "not set although this is one of several processes", None, _STARTED_BY)
         return
     world, rank = _whole_number(environ["WORLD_SIZE"]), _whole_number(environ.get("RANK", "0"))
     if world is None or world < 1:
@@ -178,9 +174,7 @@ def _transpoint_problems(config: Config) -> Problems:
     example = "for example transpoint.points=[0,64,inf], or choose another transpoint"
     transpoint, steps, layers = config.transpoint, total_steps(config), config.model.n_layers
     if transpoint.schedule == "explicit" and transpoint.points is None:
-        yield Problem(
-            "transpoint.points", "needed by the schedule `explicit`", None, f"give a list, {example}"
-        )
+        yield Problem("transpoint.points", "needed by the schedule `explicit`", None, f"give a list, {example}")
     if transpoint.points is not None and len(transpoint.points) > layers:
         what = f"{len(transpoint.points)} points for {layers} layers"
         fix = f"give {layers} points or fewer; a shorter list is repeated"
@@ -260,9 +254,7 @@ def _parallel_problems(config: Config, world: int) -> Problems:
     if model.vocab_size is not None and padded_vocab(model.vocab_size) % tp:
         rows = math.lcm(128, tp)
         fix = f"use model.vocab_size={-(-model.vocab_size // rows) * rows}"
-        yield Problem(
-            "model.vocab_size", f"its padded size is not divisible by tp={tp}", model.vocab_size, fix
-        )
+        yield Problem("model.vocab_size", f"its padded size is not divisible by tp={tp}", model.vocab_size, fix)
     shards = cp * (tp if parallel.sp else 1)
     if config.data.seq_len % shards:
         fix = f"use a multiple of {shards}"

@@ -39,9 +39,7 @@ _FREE_KEYS = {"data.path", "data.skip", "optim.schedule", "optim.unit", "optim.w
 def run_problems(config: Config) -> Iterator[Problem]:
     """Problems of `run.dir` and `resume` that show without opening a checkpoint; creates nothing."""
     folder = Path(config.run.dir or "runs")
-    ancestor = next(
-        path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink()
-    )
+    ancestor = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not ancestor.is_dir():
         fix = "give a folder, or a path that does not exist yet"
         yield Problem("run.dir", f"{ancestor} is a file, not a folder", config.run.dir, fix)
@@ -113,17 +111,13 @@ def _ownership_problems(config: Config, folder: Path) -> Iterator[Problem]:
         fix = "use another run.dir, or restore the file"
         yield Problem("run.dir", f"{file} cannot be read", config.run.dir, fix)
         return
-    free = _FREE_SECTIONS | {
-        "transpoint" if name == "transpoint" else f"data.{name}" for name in config.resume.allow
-    }
+    free = _FREE_SECTIONS | {"transpoint" if name == "transpoint" else f"data.{name}" for name in config.resume.allow}
     # Both sides went through YAML, so that equal configurations compare equal.
     wanted = _flat(plain_yaml.parse(plain_yaml.write(config.model_dump()), file))
     different = [
         key
         for key in wanted
-        if wanted[key] not in (None, stored.get(key))
-        and key.split(".")[0] not in free
-        and key not in free | _FREE_KEYS
+        if wanted[key] not in (None, stored.get(key)) and key.split(".")[0] not in free and key not in free | _FREE_KEYS
     ]
     if "train.global_batch" in stored and stored["train.global_batch"] != wanted["train.global_batch"]:
         different.append("train.global_batch")
@@ -138,11 +132,7 @@ def _ownership_problems(config: Config, folder: Path) -> Iterator[Problem]:
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     pairs = {}
     for name, value in values.items():
-        pairs |= (
-            {f"{name}.{key}": inner for key, inner in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        pairs |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
     return pairs
 
 
@@ -151,9 +141,7 @@ def _resume_problems(config: Config, folder: Path) -> Iterator[Problem]:
     steps = _checkpoint_steps(folder)
     if steps and mode == "never":
         fix = "use resume=auto to continue, or a new run.dir"
-        yield Problem(
-            "resume.mode", f"never, but {folder} holds a checkpoint of step {max(steps)}", mode, fix
-        )
+        yield Problem("resume.mode", f"never, but {folder} holds a checkpoint of step {max(steps)}", mode, fix)
     elif not steps and mode != "never" and (names := _foreign(folder)):
         fix = "import it with `transmamba checkpoint from-hf`, or use a new run.dir"
         yield Problem("run.dir", f"holds checkpoints of a foreign format ({', '.join(names)})", folder, fix)

@@ -60,7 +60,7 @@ def _log_lines(run: Any, text: str) -> str:
 
 def _standard_input_closed() -> bool:
     ready, _, _ = select.select([sys.stdin], [], [], 0)
-    return bool(ready) and not sys.stdin.buffer.read1()
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1)
 
 
 if __name__ == "__main__":

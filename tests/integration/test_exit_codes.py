@@ -65,9 +65,7 @@ def test_a_stop_file_stops_and_saves(train: Trainer, tmp_path: Path) -> None:
     assert train(folder, "train.steps=9") == 0
 
 
-def test_a_non_finite_loss_is_never_saved(
-    train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_loss_is_never_saved(train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = loop.run_schedule
 
     def poisoned(*args: object, **kwargs: object) -> list[torch.Tensor]:
@@ -90,12 +88,8 @@ def test_a_non_finite_gradient_is_never_saved(
 
     def poisoned(stage: Stage, *args: object, **kwargs: object) -> list[torch.Tensor]:
         if next(steps) == 5:
-            layer = next(
-                module for name, module in stage.module.named_modules() if name.endswith("layers.1.norm")
-            )
-            layer.register_forward_hook(
-                lambda _m, _i, out: out.register_hook(lambda g: g * math.inf) and None
-            )
+            layer = next(module for name, module in stage.module.named_modules() if name.endswith("layers.1.norm"))
+            layer.register_forward_hook(lambda _m, _i, out: out.register_hook(lambda g: g * math.inf) and None)
         return whole(stage, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(loop, "run_schedule", poisoned)
@@ -158,9 +152,7 @@ def test_other_data_does_not_take_over_a_checkpoint(train: Trainer, corpus: Path
     text = tmp_path / "text"
     text.mkdir()
     for number in range(30):
-        (text / f"{number}.txt").write_text(
-            f"another text, number {number}, with enough words to fill it. " * 40
-        )
+        (text / f"{number}.txt").write_text(f"another text, number {number}, with enough words to fill it. " * 40)
     prepare([str(text)], tmp_path / "other", tokenizer=load_manifest(corpus).tokenizer_path, progress=False)
     assert train(tmp_path / "run", "train.steps=4") == 0
     assert train(tmp_path / "run", "train.steps=8", f"data.path={tmp_path / 'other'}") == 23
@@ -202,7 +194,5 @@ def test_a_full_disk_stops_the_run_and_spares_older_checkpoints(
 @pytest.mark.parametrize("kind", ["transmamba", "transformer", "mamba2", "hybrid"])
 def test_every_kind_learns_by_one_override(kind: str, train: Trainer, tmp_path: Path) -> None:
     assert train(tmp_path / "run", "train.steps=40", "optim.lr=1e-2", f"model.kind={kind}") == 0
-    losses = [
-        json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(losses[-5:]) / 5 < losses[0] - 0.5

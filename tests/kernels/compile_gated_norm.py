@@ -40,9 +40,7 @@ def main() -> None:
     for kernel in (triton_norm.norm_fwd_kernel, triton_norm.norm_bwd_kernel):
         signature = {name: argument_type(name) for name in kernel.arg_names}
         aligned = {
-            (index,): [["tt.divisibility", 16]]
-            for index, kind in enumerate(signature.values())
-            if kind.startswith("*")
+            (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
         }
         source = ASTSource(fn=kernel, signature=signature, constexprs=CONSTANTS, attrs=aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})

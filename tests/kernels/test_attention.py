@@ -25,8 +25,7 @@ def streams(dtype: torch.dtype, n_values: int = 4, n_tokens: int = N_TOKENS) -> 
 def test_prefix_attention_matches_the_token_loop(starts: list[list[int]], prefix: int | float) -> None:
     documents = Documents.from_starts(starts, N_TOKENS)
     op, reference = (
-        partial(function, documents=documents, prefix=prefix)
-        for function in (prefix_attention, attention_loop)
+        partial(function, documents=documents, prefix=prefix) for function in (prefix_attention, attention_loop)
     )
     if prefix == 0:
         assert torch.equal(op(**streams(torch.float64)), torch.zeros(2, N_TOKENS, 3, 4, dtype=torch.float64))
@@ -55,9 +54,7 @@ def test_scale_reaches_the_logits() -> None:
 
 def test_packed_documents_attend_as_if_alone() -> None:
     inputs = streams(torch.float64)
-    packed = prefix_attention(
-        **inputs, documents=Documents.from_starts([[0, 20], [0, 20]], N_TOKENS), prefix=9
-    )
+    packed = prefix_attention(**inputs, documents=Documents.from_starts([[0, 20], [0, 20]], N_TOKENS), prefix=9)
     for part in (slice(0, 20), slice(20, N_TOKENS)):
         alone = {name: stream[:, part] for name, stream in inputs.items()}
         documents = Documents.whole(2, alone["q_BTHN"].shape[1])
@@ -81,8 +78,6 @@ def test_two_runs_are_bitwise_equal() -> None:
 def test_mismatched_shapes_are_refused() -> None:
     inputs = streams(torch.float32)
     with pytest.raises(ValueError, match="do not match"):
-        prefix_attention(
-            inputs["q_BTHN"], inputs["k_BTHN"][:, :-1], inputs["v_BTHV"], Documents.whole(2, N_TOKENS), 3
-        )
+        prefix_attention(inputs["q_BTHN"], inputs["k_BTHN"][:, :-1], inputs["v_BTHV"], Documents.whole(2, N_TOKENS), 3)
     with pytest.raises(ValueError, match="3 rows"):
         prefix_attention(**inputs, documents=Documents.whole(3, N_TOKENS), prefix=3)

@@ -44,9 +44,7 @@ def test_conv_matches_the_token_loop_whatever_the_slab(
 
 @settings(derandomize=True, max_examples=15, deadline=None)
 @given(st.integers(0, 20), st.integers(1, 6), st.integers(1, 5), st.sets(st.integers(1, 19), max_size=5))
-def test_conv_matches_the_token_loop_at_any_size(
-    n_tokens: int, n_channels: int, n_taps: int, starts: set[int]
-) -> None:
+def test_conv_matches_the_token_loop_at_any_size(n_tokens: int, n_channels: int, n_taps: int, starts: set[int]) -> None:
     row = sorted({0} | {start for start in starts if start < n_tokens})
     documents = Documents.from_starts([row, [0]], n_tokens)
     op, reference = (partial(function, documents=documents) for function in (causal_conv, conv_loop))

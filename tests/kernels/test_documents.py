@@ -63,9 +63,7 @@ def test_prefix_plan_holds_every_prefix_token_once(documents: Documents, P: int 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
 @given(packed_rows(), st.integers(1, 100))
-def test_a_bucket_holds_consecutive_tokens_of_one_document_padded_at_the_end(
-    documents: Documents, P: int
-) -> None:
+def test_a_bucket_holds_consecutive_tokens_of_one_document_padded_at_the_end(documents: Documents, P: int) -> None:
     plan = documents.prefix(P)
     sizes = [n * padded for n, padded in plan.buckets]
     reset = documents.reset_BT.flatten()

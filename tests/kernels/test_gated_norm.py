@@ -28,9 +28,7 @@ def streams(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
 @pytest.mark.parametrize("gate", ["all", "some", "none"])
 def test_gated_norm_matches_its_definition(dtype: torch.dtype, gate: str) -> None:
     gate_BT = torch.rand(2, 7) > 0.5 if gate == "some" else None
-    op, reference = (
-        partial(function, gate_BT=gate_BT) for function in (gated_rms_norm, gated_rms_norm_reference)
-    )
+    op, reference = (partial(function, gate_BT=gate_BT) for function in (gated_rms_norm, gated_rms_norm_reference))
     inputs = streams(dtype)
     if gate == "none":
         del inputs["z_BTHV"]

@@ -21,9 +21,7 @@ def rotate_pair_by_pair(x_BTHN: Tensor, pos_BT: Tensor, theta: float = 100.0) ->
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_rope_matches_complex_rotation(dtype: torch.dtype) -> None:
     inputs = {"x_BTHN": torch.randn(2, 9, 3, 6).to(dtype), "pos_BT": torch.randint(0, 5000, (2, 9))}
-    tol = (
-        1e-4 if dtype == torch.float32 else None
-    )  # an angle of 5000 radians in float32 is good to 5e-4 at worst
+    tol = 1e-4 if dtype == torch.float32 else None  # an angle of 5000 radians in float32 is good to 5e-4 at worst
     found = assert_matches_reference(
         lambda x_BTHN, pos_BT: rope(x_BTHN, pos_BT, 100.0), rotate_pair_by_pair, inputs, tol
     )

@@ -63,9 +63,7 @@ def check(inputs: dict[str, Tensor], tol: float | None = None, **options: object
         (90, 10, [[0], [0]]),
     ],
 )
-def test_scan_matches_the_token_loop(
-    n_tokens: int, first_output: int, starts: list[list[int]] | None
-) -> None:
+def test_scan_matches_the_token_loop(n_tokens: int, first_output: int, starts: list[list[int]] | None) -> None:
     documents = None if starts is None else Documents.from_starts(starts, n_tokens)
     check(streams(n_tokens=n_tokens), documents=documents, first_output=first_output)
 
@@ -93,9 +91,7 @@ def test_scan_matches_the_token_loop_at_any_size(data: st.DataObject) -> None:
 @pytest.mark.parametrize("slab_elements", [1, 1 << 14])
 def test_slab_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch, slab_elements: int) -> None:
     monkeypatch.setattr(slabs, "SLAB_ELEMENTS", slab_elements)
-    check(
-        streams(n_tokens=700), documents=Documents.from_starts([[0, 300], [0, 64, 500]], 700), first_output=90
-    )
+    check(streams(n_tokens=700), documents=Documents.from_starts([[0, 300], [0, 64, 500]], 700), first_output=90)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -150,9 +146,7 @@ def test_gradcheck_passes() -> None:
 def test_memory_converter_is_lossless_at_every_transpoint(prefix: int) -> None:
     inputs = streams()
     y_BTHV, last_BHNV = ssd_scan(**inputs)
-    before = {
-        name: stream[:, :prefix] for name, stream in inputs.items() if "BT" in name and name != "c_BTGN"
-    }
+    before = {name: stream[:, :prefix] for name, stream in inputs.items() if "BT" in name and name != "c_BTGN"}
     state = final_state(**before, A_H=inputs["A_H"], initial_state_BHNV=inputs["initial_state_BHNV"])
     after = {name: stream[:, prefix:] if "BT" in name else stream for name, stream in inputs.items()}
     y_after, last_after = ssd_scan(**{**after, "initial_state_BHNV": state})
@@ -243,9 +237,7 @@ def test_two_runs_are_bitwise_equal() -> None:
     runs = []
     for _ in range(2):
         y_BTHV, last_BHNV = ssd_scan(**inputs)
-        runs.append(
-            [y_BTHV, last_BHNV, *torch.autograd.grad((y_BTHV.sum() + last_BHNV.sum()), [*inputs.values()])]
-        )
+        runs.append([y_BTHV, last_BHNV, *torch.autograd.grad((y_BTHV.sum() + last_BHNV.sum()), [*inputs.values()])])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 

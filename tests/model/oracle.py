@@ -1,4 +1,4 @@
-"""The TransMamba layer, written a second time from the paper's equations: loops, float64, nothing of ours but the weights."""
+"""The TransMamba layer, written a second time from the paper's equations: loops, nothing of ours but the weights."""
 # T tokens, D model width, H heads, N key/state width, V value width, C conv channels, K conv taps. One row at a time.
 
 import math
@@ -15,9 +15,7 @@ def oracle_rows(mixer: TransMambaMixer, x_TBD: Tensor, transpoint: float, starts
     rows = []
     for row, offsets in enumerate(starts):
         ends = [*offsets[1:], x_TBD.shape[0]]
-        documents = [
-            oracle(mixer, x_TBD[start:end, row], transpoint) for start, end in zip(offsets, ends, strict=True)
-        ]
+        documents = [oracle(mixer, x_TBD[start:end, row], transpoint) for start, end in zip(offsets, ends, strict=True)]
         rows.append(torch.cat(documents))
     return torch.stack(rows, dim=1)
 
@@ -42,9 +40,7 @@ def oracle(mixer: TransMambaMixer, x_TD: Tensor, transpoint: float) -> Tensor:
         q_THN, k_THN = _rotate(q_THN, theta), _rotate(k_THN, theta)
     dt_TH = softplus(x_TD @ mixer.dt.weight.T + mixer.dt_bias.start + mixer.dt_bias.offset)
     rate_H = -(mixer.A_log.start + mixer.A_log.offset).exp()
-    q_rotated, k_rotated = (
-        (_rotate(q_THN, theta), _rotate(k_THN, theta)) if rope == "attention" else (q_THN, k_THN)
-    )
+    q_rotated, k_rotated = (_rotate(q_THN, theta), _rotate(k_THN, theta)) if rope == "attention" else (q_THN, k_THN)
     z_THV = (x_TD @ mixer.z.weight.T).view(n_tokens, n_heads, width)
     state_HNV = x_TD.new_zeros(n_heads, width, width)
     outputs = []

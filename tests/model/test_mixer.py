@@ -1,6 +1,7 @@
 """The mixer is `where(pos < P, attention, full scan)`, values and every gradient, for every P and every packing."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,7 @@ def build(n_heads: int, width: int, **options: object) -> TransMambaMixer:
     return mixer
 
 
-def values_and_gradients(
-    mixer: TransMambaMixer, output: Tensor, x: Tensor, cotangent: Tensor
-) -> dict[str, Tensor]:
+def values_and_gradients(mixer: TransMambaMixer, output: Tensor, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     leaves = {"input": x, **dict(mixer.named_parameters())}
     gradients = torch.autograd.grad((output * cotangent).sum(), list(leaves.values()), allow_unused=True)
     zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -52,9 +51,7 @@ def compare(mixer: TransMambaMixer, n_tokens: int, starts: list[list[int]], tran
     documents = Documents.from_starts(starts, n_tokens)
     ours = values_and_gradients(mixer, mixer(x, transpoint, documents), x, cotangent)
     theirs = values_and_gradients(mixer, oracle_rows(mixer, x, transpoint, starts), x, cotangent)
-    errors = {
-        name: (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1) for name in ours
-    }
+    errors = {name: (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1) for name in ours}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] < ATOL, f"{worst}: {errors[worst]:.2e} at P={transpoint}"
     return float(errors[worst])
@@ -114,7 +111,7 @@ def _without_dt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter of equation 9 as printed: what is written forgets its time step."""
     scan = mixing.ssd_scan
 
-    def forgetful(**streams: Tensor) -> tuple[Tensor, Tensor]:
+    def forgetful(**streams: Any) -> tuple[Tensor, Tensor]:
         first = streams["first_output"]
         x = streams["x_BTHV"] / streams["dt_BTH"][..., None]
         x = torch.cat([x[:, :first], streams["x_BTHV"][:, first:]], dim=1)
@@ -126,11 +123,9 @@ def _without_dt(monkeypatch: pytest.MonkeyPatch) -> None:
 def _with_zero_state(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = mixing.ssd_scan
 
-    def amnesic(**streams: Tensor) -> tuple[Tensor, Tensor]:
+    def amnesic(**streams: Any) -> tuple[Tensor, Tensor]:
         first = streams["first_output"]
-        kept = torch.cat(
-            [torch.zeros_like(streams["x_BTHV"][:, :first]), streams["x_BTHV"][:, first:]], dim=1
-        )
+        kept = torch.cat([torch.zeros_like(streams["x_BTHV"][:, :first]), streams["x_BTHV"][:, first:]], dim=1)
         return scan(**{**streams, "x_BTHV": kept})
 
     monkeypatch.setattr(mixing, "ssd_scan", amnesic)
@@ -150,7 +145,7 @@ def _with_conv_per_segment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _with_rotated_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = mixing.ssd_scan
 
-    def rotated(**streams: Tensor) -> tuple[Tensor, Tensor]:
+    def rotated(**streams: Any) -> tuple[Tensor, Tensor]:
         first, keys = streams["first_output"], streams["b_BTGN"]
         pos_BT = torch.arange(keys.shape[1])[None]
         keys = torch.cat([mixing.rope(keys, pos_BT, 10000.0)[:, :first], keys[:, first:]], dim=1)
@@ -159,9 +154,7 @@ def _with_rotated_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixing, "ssd_scan", rotated)
 
 
-@pytest.mark.parametrize(
-    "fault", [_without_dt, _with_zero_state, _with_conv_per_segment, _with_rotated_converter]
-)
+@pytest.mark.parametrize("fault", [_without_dt, _with_zero_state, _with_conv_per_segment, _with_rotated_converter])
 def test_the_oracle_catches_a_wrong_converter(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
     mixer = build(2, 4)
     compare(mixer, 20, [[0]], 9.0)

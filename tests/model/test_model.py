@@ -58,7 +58,8 @@ def test_weights_are_functions_of_name_shape_and_seed() -> None:
         assert torch.equal(ours, theirs), name
         if name != "head.weight":
             assert torch.equal(ours, initial(name, ours.shape, config, 1)), name
-    assert not torch.equal(first.layers[0].mixer.qkv.weight, first.layers[1].mixer.qkv.weight)
+    weights = [first.get_parameter(f"layers.{layer}.mixer.qkv.weight") for layer in (0, 1)]
+    assert not torch.equal(*weights)
 
 
 def test_initial_decays_and_time_steps_are_mamba2s() -> None:
@@ -117,4 +118,3 @@ def test_a_token_changes_nothing_before_it_nor_in_other_documents(kind: str) -> 
         before, after = (model.predict(x, points, documents)[:, 0, :100] for x in (ids, changed))
     same = (before == after).all(-1)
     assert same[:15].all() and same[25:].all() and not same[15:25].any()
-

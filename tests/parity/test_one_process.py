@@ -30,9 +30,7 @@ def test_zero_stages_equal_plain_adamw(plain: Trained, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_micro_batches_of_unequal_weight_equal_one_batch(
-    plain: Trained, stage: int, micro_batch: int
-) -> None:
+def test_micro_batches_of_unequal_weight_equal_one_batch(plain: Trained, stage: int, micro_batch: int) -> None:
     assert_same(train(config_of(zero__stage=stage, train__micro_batch=micro_batch)), plain, 1e-6)
 
 

@@ -10,6 +10,7 @@ from transmamba.kernels.attention.cached import attend_cached
 from transmamba.kernels.documents import Documents
 from transmamba.kernels.ssd import final_state, ssd_step
 from transmamba.model.attention import AttentionMixer
+from transmamba.model.layer import Layer
 from transmamba.model.mamba2 import Mamba2Mixer
 from transmamba.model.mixer import TransMambaMixer
 from transmamba.model.mixing import read_streams, rotate
@@ -49,7 +50,7 @@ def prefill(model: Model, ids_BT: Tensor, transpoints: list[int | float]) -> tup
     documents = Documents.whole(ids_BT.shape[0], ids_BT.shape[1], ids_BT.device)
     x_TBD = model.embedding(ids_BT.T)
     caches = []
-    for layer, transpoint in zip(model.layers, transpoints, strict=True):
+    for layer, transpoint in zip(_layers(model), transpoints, strict=True):
         caches.append(_read_prompt(layer.mixer, layer.norm(x_TBD), transpoint, documents))
         x_TBD = layer(x_TBD, transpoint, documents)
     return model.logits(x_TBD[-1:])[0], DecodeState(caches, list(transpoints), ids_BT.shape[1])
@@ -59,16 +60,18 @@ def prefill(model: Model, ids_BT: Tensor, transpoints: list[int | float]) -> tup
 def step(model: Model, ids_B: Tensor, state: DecodeState) -> Tensor:
     """Read one more token per row; updates `state` and returns the logits [B, E] of the next one."""
     x_TBD = model.embedding(ids_B)[None]
-    for layer, transpoint, cache in zip(model.layers, state.transpoints, state.layers, strict=True):
+    for layer, transpoint, cache in zip(_layers(model), state.transpoints, state.layers, strict=True):
         mixed = _step_mixer(layer.mixer, layer.norm(x_TBD), transpoint, cache, state.n_seen)
         x_TBD = layer.feed_forward(x_TBD + mixed)
     state.n_seen += 1
     return model.logits(x_TBD)[0]
 
 
-def _read_prompt(
-    mixer: torch.nn.Module, x_TBD: Tensor, transpoint: int | float, documents: Documents
-) -> LayerCache:
+def _layers(model: Model) -> list[Layer]:
+    return [layer for layer in model.layers if isinstance(layer, Layer)]
+
+
+def _read_prompt(mixer: torch.nn.Module, x_TBD: Tensor, transpoint: int | float, documents: Documents) -> LayerCache:
     match mixer:
         case AttentionMixer():
             _, k_BTHN, v_BTHV = mixer.rotated_heads(x_TBD, documents.pos_BT)

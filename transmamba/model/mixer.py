@@ -13,9 +13,9 @@ from transmamba.model.norm import Conv, HeadNorm, PerHead
 class TransMambaMixer(nn.Module):
     """Attention before the TransPoint, a state-space scan from it on, one set of weights.
 
-    The projections are shared: Q is C, K is B, V is x; only the reading changes. The gate z acts on scanned tokens alone
-    (paper A.4.2); the norm is per head, so its statistics do not depend on how many heads a rank holds. Weight rows
-    are grouped by head, so a shard of heads is a contiguous slice.
+    The projections are shared: Q is C, K is B, V is x; only the reading changes. The gate z acts on scanned tokens
+    alone (paper A.4.2); the norm is per head, so its statistics do not depend on how many heads a rank holds.
+    Weight rows are grouped by head, so a shard of heads is a contiguous slice.
 
     Source: TransMamba, arXiv 2503.24067, section 2.
     """
@@ -63,7 +63,5 @@ class TransMambaMixer(nn.Module):
             gated = y_TBHV * nn.functional.silu(z_TBHV)
             y_TBHV = gated.where(is_scanned_TB[..., None, None], y_TBHV)
         else:
-            y_TBHV = gated_rms_norm(
-                y_TBHV, self.mixer_norm.weight, z_TBHV, gate_BT=is_scanned_TB, eps=self.eps
-            )
+            y_TBHV = gated_rms_norm(y_TBHV, self.mixer_norm.weight, z_TBHV, gate_BT=is_scanned_TB, eps=self.eps)
         return self.out(y_TBHV.flatten(-2))

@@ -100,9 +100,7 @@ def mix_tokens(
     Returns:
         y_BTHV, in the streams' dtype.
     """
-    q_BTHN, k_BTHN, v_BTHV, dt_BTH, A_H = read_streams(
-        tokens, heads, documents.pos_BT, options, documents=documents
-    )
+    q_BTHN, k_BTHN, v_BTHV, dt_BTH, A_H = read_streams(tokens, heads, documents.pos_BT, options, documents=documents)
     # Tokens to attend and tokens to scan are sizes: 0 and T are as ordinary as any other.
     theta = options.rope_theta if options.rope == "attention" else None
     attended = prefix_attention(q_BTHN, k_BTHN, v_BTHV, documents, transpoint, rope_theta=theta)

@@ -1,4 +1,4 @@
-"""Lets megatron-core run without a GPU: the places where it names the CUDA device outright. Inert when a GPU is present.
+"""Lets megatron-core run without a GPU: the places where it names the CUDA device outright. Inert with a GPU.
 
 Line numbers are megatron-core 0.16.1's.
 """

@@ -71,7 +71,7 @@ def run_schedule(
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(micro_batches),
-        model=stage,
+        model=stage,  # pyright: ignore[reportArgumentType]  # a stage need not be a module, only look like one
         num_microbatches=n_micro,
         seq_length=n_tokens,
         micro_batch_size=1,

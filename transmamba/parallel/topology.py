@@ -42,7 +42,7 @@ def start(config: ParallelConfig) -> Topology:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if has_gpu else "gloo"
-        store = dist.HashStore() if world_size == 1 else None
+        store = dist.HashStore() if world_size == 1 else None  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, rank=rank, world_size=world_size, store=store)
     adapt_megatron()
     if not parallel_state.model_parallel_is_initialized():
@@ -77,7 +77,6 @@ class Mpu:
         from megatron.core import parallel_state
 
         self._state = parallel_state
-        self.get_model_parallel_group = parallel_state.get_model_parallel_group
         self.get_tensor_model_parallel_group = parallel_state.get_tensor_model_parallel_group
         self.get_tensor_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
         self.get_tensor_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
@@ -91,15 +90,19 @@ class Mpu:
 
     def get_data_parallel_rank(self) -> int:
         """Rank in that group."""
-        return dist.get_rank(self.get_data_parallel_group())
+        return self._state.get_data_parallel_rank(with_context_parallel=True)
 
     def get_data_parallel_world_size(self) -> int:
         """Size of that group."""
-        return dist.get_world_size(self.get_data_parallel_group())
+        return self._state.get_data_parallel_world_size(with_context_parallel=True)
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Global ranks of that group."""
         return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+    def get_model_parallel_group(self) -> Any:
+        """The tp x pp group: together these ranks hold one model."""
+        return self._state.get_model_parallel_group()
 
     def get_model_parallel_rank(self) -> int:
         """Rank in the tp x pp group."""

@@ -141,9 +141,7 @@ class Optimizer:
         if not _is_stage3(zero):
             zero.update_lp_params()
             return
-        for weights, master in zip(
-            zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
-        ):
+        for weights, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
             weights.data.copy_(master.data)
         zero.checkpoint_event_epilogue()
 
@@ -178,7 +176,11 @@ def _start_engine(
     if bf16:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=parameters, optimizer=adamw, config=settings, mpu=Mpu()
+        model=module,
+        model_parameters=parameters,  # pyright: ignore[reportArgumentType]  # annotated too narrowly
+        optimizer=adamw,
+        config=settings,
+        mpu=Mpu(),
     )
     return engine
 

@@ -17,8 +17,6 @@ def make_corpus(tmp_path: Path) -> Callable[..., Manifest]:
 
     def make(lengths: list[int], *, shard_tokens: int = 96, block_tokens: int = 32) -> Manifest:
         documents = numbered_documents(lengths)
-        return write_corpus(
-            tmp_path / "data", documents, shard_tokens=shard_tokens, block_tokens=block_tokens
-        )
+        return write_corpus(tmp_path / "data", documents, shard_tokens=shard_tokens, block_tokens=block_tokens)
 
     return make

@@ -63,10 +63,7 @@ def test_the_corpus_does_not_depend_on_the_number_of_workers_and_says_where_it_s
     assert sum(sizes[:-1]) < SMALL <= sum(sizes)
     assert corpus.n_unread > 0
     assert corpus.last_module == corpus.documents[-1].name
-    assert (
-        f"up to {SMALL:,} characters (last module {corpus.last_module}, {corpus.n_unread} of"
-        in corpus.description
-    )
+    assert f"up to {SMALL:,} characters (last module {corpus.last_module}, {corpus.n_unread} of" in corpus.description
 
 
 def test_the_standard_library_comes_first_and_tests_are_left_out() -> None:

@@ -38,9 +38,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """The topics, prepared with small shards."""
     out = tmp_path_factory.mktemp("out") / "topics"
-    return prepare(
-        [str(texts)], out, vocab_size=600, shard_tokens=70_000, validation_share=0.1, progress=False
-    )
+    return prepare([str(texts)], out, vocab_size=600, shard_tokens=70_000, validation_share=0.1, progress=False)
 
 
 def decoded(manifest: Manifest, split: str) -> list[str]:
@@ -119,9 +117,7 @@ def test_json_lines_and_wide_vocabularies_are_stored_in_the_dtype_they_need(tmp_
     wide["added_tokens"].append(added | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
     wide["model"]["vocab"]["<wide>"] = 70_000
     (tmp_path / "wide.json").write_text(json.dumps(wide))
-    other = prepare(
-        [str(tmp_path / "x.jsonl")], tmp_path / "wide", tokenizer=tmp_path / "wide.json", **options
-    )
+    other = prepare([str(tmp_path / "x.jsonl")], tmp_path / "wide", tokenizer=tmp_path / "wide.json", **options)
     assert other.token_dtype == "<u4"
     assert other.vocab_size == 70_001
     assert decoded(other, "train") == decoded(manifest, "train")
@@ -155,9 +151,7 @@ def test_the_holdout_depends_on_the_text_alone_and_has_the_share_asked_for() -> 
     assert {text for split, text in other.split(documents) if split == "validation"} != held_out
 
 
-def test_a_folder_with_other_files_is_refused_and_prepared_data_is_replaced(
-    texts: Path, tmp_path: Path
-) -> None:
+def test_a_folder_with_other_files_is_refused_and_prepared_data_is_replaced(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     first = prepare([str(texts)], out, vocab_size=300, progress=False)
@@ -197,9 +191,7 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path: Path) -> None:
         ("vocab_size", 9),
     ],
 )
-def test_options_out_of_range_are_refused_by_name(
-    texts: Path, tmp_path: Path, option: str, value: float
-) -> None:
+def test_options_out_of_range_are_refused_by_name(texts: Path, tmp_path: Path, option: str, value: float) -> None:
     with pytest.raises(DataError, match=option):
         prepare([str(texts)], tmp_path / "out", progress=False, **{option: value})  # pyright: ignore
     assert not list(tmp_path.iterdir())

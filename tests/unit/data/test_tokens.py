@@ -67,9 +67,7 @@ def test_plain_webdataset_reads_the_same_tokens(
     samples: list[dict[str, Any]] = list(WebDataset(urls, shardshuffle=False).decode())  # pyright: ignore[reportArgumentType]
     tokens = np.concatenate([sample["tokens.npy"] for sample in samples])
     firsts = np.cumsum([0, *(len(sample["tokens.npy"]) for sample in samples)])[:-1]
-    starts = np.concatenate(
-        [sample["starts.npy"] + first for sample, first in zip(samples, firsts, strict=True)]
-    )
+    starts = np.concatenate([sample["starts.npy"] + first for sample, first in zip(samples, firsts, strict=True)])
     assert np.array_equal(tokens, store.read(0, store.n_tokens))
     assert np.array_equal(tokens, np.concatenate(documents))
     assert np.array_equal(starts, store.starts(0, store.n_tokens))
@@ -193,9 +191,7 @@ FAULTS: dict[str, tuple[Callable[[Manifest], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_refused_at_loading_with_one_line_that_names_it(
-    make_corpus: MakeCorpus, fault: str
-) -> None:
+def test_a_fault_is_refused_at_loading_with_one_line_that_names_it(make_corpus: MakeCorpus, fault: str) -> None:
     manifest = make_corpus(LENGTHS)
     break_it, message = FAULTS[fault]
     break_it(manifest)
@@ -236,9 +232,7 @@ def test_a_damaged_manifest_gives_an_error_or_the_same_tokens(make_corpus: MakeC
 def test_verify_names_every_damaged_shard(make_corpus: MakeCorpus) -> None:
     manifest = make_corpus(LENGTHS)
     folder = manifest.folder
-    assert verify_shards(manifest, progress=False) == sum(
-        path.stat().st_size for path in folder.glob("*.tar")
-    )
+    assert verify_shards(manifest, progress=False) == sum(path.stat().st_size for path in folder.glob("*.tar"))
     for name in ("train-000001.tar", "validation-000000.tar"):
         data = bytearray((folder / name).read_bytes())
         data[-1] ^= 1
