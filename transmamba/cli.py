@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_NO_VALID_CHECKPOINT, ConfigError, RunError
+from transmamba.train import wait_politely
 
 app = typer.Typer(
     help="Pretrain TransMamba language models. Training itself: python -m transmamba.train [key=value]",
@@ -171,4 +172,5 @@ def _answer(run: Callable[[], None]) -> None:
 
 def main() -> None:
     """Entry point of the `transmamba` script."""
+    wait_politely()
     app()

@@ -163,6 +163,9 @@ def _start_engine(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints unasked
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
+    mpu = Mpu()
+    # A contiguous copy of the gradients is for the reduction; alone, there is nothing to reduce.
+    sharding = {"stage": stage, "overlap_comm": False, "contiguous_gradients": mpu.get_data_parallel_world_size() > 1}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
@@ -170,7 +173,7 @@ def _start_engine(
         "gradient_clipping": config.clip or 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": sharding,
         "bf16": {"enabled": bf16, "immediate_grad_update": bf16},
     }
     if bf16:
@@ -180,7 +183,7 @@ def _start_engine(
         model_parameters=parameters,  # pyright: ignore[reportArgumentType]  # annotated too narrowly
         optimizer=adamw,
         config=settings,
-        mpu=Mpu(),
+        mpu=mpu,
     )
     return engine
 
