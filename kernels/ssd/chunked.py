@@ -46,8 +46,7 @@ def scan_forward(
 
     `state_BHNV` is the state before the row, in the working precision, already zero where a document starts.
     """
-    n_rows, n_tokens, n_heads, _ = streams.x_BTHV.shape
-    plan = spans(n_tokens, n_rows * n_heads, first_output)
+    plan = spans(streams, first_output)
     y_BTHV = torch.empty_like(streams.x_BTHV)
     y_BTHV[:, :first_output] = 0
     entering = state_BHNV.new_empty(len(plan), *state_BHNV.shape)
@@ -70,9 +69,8 @@ def scan_backward(
     dstate_BHNV: Tensor,
 ) -> ScanGrads:
     """Gradients, given those of the outputs and of the final state; slabs from the last to the first."""
-    n_rows, n_tokens, n_heads, _ = streams.x_BTHV.shape
     work, n_groups = entering.dtype, streams.b_BTGN.shape[2]
-    plan = spans(n_tokens, n_rows * n_heads, first_output)
+    plan = spans(streams, first_output)
     dc, db, dx, ddt = (torch.empty_like(stream) for stream in streams[:4])
     dc[:, :first_output] = 0
     A_H = streams.A_H.to(work)

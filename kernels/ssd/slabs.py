@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from transmamba.kernels.documents import Documents
 
 LOG2_E = math.log2(math.e)  # decays are powers of 2: torch's exp is far slower than exp2 on -inf and underflow
-OUTPUT_CHUNK = 64  # tokens per chunk where outputs are wanted: its L x L part costs as much as its states
+NARROW_CHUNK, WIDE_CHUNK = 32, 64  # tokens per chunk with outputs, for N + V up to 32, and wider
 STATE_CHUNK = 256  # tokens per chunk that only builds state: the longest whose decay sum stays accurate in float32
-SLAB_ELEMENTS = 1 << 19  # of an L x L matrix over all chunks, rows and heads of a slab: 2 MiB in float32
+SLAB_ELEMENTS = 1 << 18  # of an L x L matrix over all chunks, rows and heads of a slab: 1 MiB in float32
 
 
 class Span(NamedTuple):
@@ -91,18 +90,18 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def spans(n_tokens: int, n_streams: int, first_output: int) -> list[Span]:
-    """Slabs of a row: those that only build state, up to `first_output`, then those with outputs.
-
-    Args:
-        n_streams: rows times heads.
-    """
+def spans(streams: Streams, first_output: int) -> list[Span]:
+    """Slabs of a row: those that only build state, up to `first_output`, then those with outputs."""
+    n_rows, n_tokens, n_heads, n_values = streams.x_BTHV.shape
+    output_chunk = NARROW_CHUNK if streams.b_BTGN.shape[3] + n_values <= 32 else WIDE_CHUNK
+    state_chunk = max(min(STATE_CHUNK, first_output), 1)
+    n_slab_tokens = SLAB_ELEMENTS // (n_rows * n_heads * output_chunk)
     result: list[Span] = []
     for start, stop, length, wants_output in (
-        (0, first_output, STATE_CHUNK, False),
-        (first_output, n_tokens, OUTPUT_CHUNK, True),
+        (0, first_output, state_chunk, False),
+        (first_output, n_tokens, output_chunk, True),
     ):
-        step = length * max(SLAB_ELEMENTS // (n_streams * OUTPUT_CHUNK * length), 1)
+        step = length * max(n_slab_tokens // length, 1)
         result.extend(Span(at, min(at + step, stop), length, wants_output) for at in range(start, stop, step))
     return result
 
@@ -165,12 +164,14 @@ def sum_after(values_BHCL: Tensor, together_BCLL: Tensor | None) -> Tensor:
 
 def chunked(stream: Tensor, span: Span, space: Workspace, name: str) -> Tensor:
     """Tokens of a slab, [B, T, H, ...], to [B, H, C, L, ...] in a buffer, zero padded."""
-    part = stream[:, span.start : span.stop]
-    missing = -part.shape[1] % span.n_chunk_tokens
-    if missing:
-        part = pad(part, (0, 0) * (part.dim() - 2) + (0, missing))
-    part = part.movedim(1, 2).unflatten(2, (-1, span.n_chunk_tokens))
-    return space.take(name, *part.shape).copy_(part)
+    part = stream[:, span.start : span.stop].movedim(1, 2)
+    n_tokens = part.shape[2]
+    n_chunks = -(-n_tokens // span.n_chunk_tokens)
+    padded = space.take(name, *part.shape[:2], n_chunks * span.n_chunk_tokens, *part.shape[3:])
+    padded[:, :, :n_tokens].copy_(part)
+    if n_tokens < padded.shape[2]:
+        padded[:, :, n_tokens:] = 0
+    return padded.unflatten(2, (n_chunks, -1))
 
 
 def unchunked(target: Tensor, chunks: Tensor, span: Span) -> None:
