@@ -88,7 +88,9 @@ def _forward(
     y_BTHV: Tensor, weight_HV: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     work = torch.float64 if y_BTHV.dtype == torch.float64 else torch.float32
-    u_BTHV = _gated(y_BTHV.to(work), z_BTHV, gate_BT)
+    u_BTHV = y_BTHV.to(work)
+    if z_BTHV is not None:
+        u_BTHV = u_BTHV * _gate(z_BTHV.to(work), gate_BT)
     scale = torch.rsqrt(u_BTHV.square().mean(-1, keepdim=True) + eps)
     return (u_BTHV * scale).mul_(weight_HV.to(work)).to(y_BTHV.dtype), scale
 
@@ -102,22 +104,24 @@ def _backward(
     dout_BTHV: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     y, dout = y_BTHV.to(scale.dtype), dout_BTHV.to(scale.dtype)
-    normal_BTHV = _gated(y, z_BTHV, gate_BT) * scale
+    z = gate_BTHV = None
+    if z_BTHV is not None:
+        z = z_BTHV.to(scale.dtype)
+        gate_BTHV = _gate(z, gate_BT)
+    normal_BTHV = y * scale if gate_BTHV is None else (y * gate_BTHV).mul_(scale)
     dweight_HV = (dout * normal_BTHV).flatten(0, -3).sum(0)
     dnormal = dout * weight_HV.to(scale.dtype)
     shared = (dnormal * normal_BTHV).mean(-1, keepdim=True)
     du_BTHV = dnormal.addcmul_(normal_BTHV, shared, value=-1).mul_(scale)
-    if z_BTHV is None:
+    if z is None or gate_BTHV is None:
         return du_BTHV, dweight_HV, None
-    dz_BTHV = torch.ops.aten.silu_backward(du_BTHV * y, z_BTHV.to(scale.dtype))
+    dz_BTHV = torch.ops.aten.silu_backward(du_BTHV * y, z)
     if gate_BT is not None:
         dz_BTHV = dz_BTHV.masked_fill_(~gate_BT[..., None, None], 0)
-    return _gated(du_BTHV, z_BTHV, gate_BT), dweight_HV, dz_BTHV
+    return du_BTHV.mul_(gate_BTHV), dweight_HV, dz_BTHV
 
 
-def _gated(values: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None) -> Tensor:
-    """values * silu(z) where gated."""
-    if z_BTHV is None:
-        return values
-    gate = functional.silu(z_BTHV.to(values.dtype))
-    return values * (gate if gate_BT is None else gate.masked_fill_(~gate_BT[..., None, None], 1))
+def _gate(z_BTHV: Tensor, gate_BT: Tensor | None) -> Tensor:
+    """silu(z), and 1 for the tokens that are not gated."""
+    gate_BTHV = functional.silu(z_BTHV)
+    return gate_BTHV if gate_BT is None else gate_BTHV.masked_fill_(~gate_BT[..., None, None], 1)
