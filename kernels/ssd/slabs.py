@@ -14,7 +14,7 @@ from transmamba.kernels.documents import Documents
 LOG2_E = math.log2(math.e)  # decays are powers of 2: torch's exp is far slower than exp2 on -inf and underflow
 NARROW_CHUNK, WIDE_CHUNK = 32, 64  # tokens per chunk with outputs, for N + V up to 32, and wider
 STATE_CHUNK = 256  # tokens per chunk that only builds state: the longest whose decay sum stays accurate in float32
-SLAB_ELEMENTS = 1 << 18  # of an L x L matrix over all chunks, rows and heads of a slab: 1 MiB in float32
+SLAB_ELEMENTS = 1 << 19  # of a slab's largest matrix over all its chunks, rows and heads: 2 MiB in float32
 
 
 class Span(NamedTuple):
@@ -95,7 +95,7 @@ def spans(streams: Streams, first_output: int) -> list[Span]:
     n_rows, n_tokens, n_heads, n_values = streams.x_BTHV.shape
     output_chunk = NARROW_CHUNK if streams.b_BTGN.shape[3] + n_values <= 32 else WIDE_CHUNK
     state_chunk = max(min(STATE_CHUNK, first_output), 1)
-    n_slab_tokens = SLAB_ELEMENTS // (n_rows * n_heads * output_chunk)
+    n_slab_tokens = SLAB_ELEMENTS // (n_rows * n_heads * WIDE_CHUNK)  # with narrow chunks slabs are better smaller
     result: list[Span] = []
     for start, stop, length, wants_output in (
         (0, first_output, state_chunk, False),
