@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DEFAULT_VOCAB_SIZE = 4096
+# A small vocabulary for the small model that this corpus is for: more of its few tokens are seen often.
+CORPUS_VOCAB_SIZE = 2048
 DEFAULT_SHARD_TOKENS = 64_000_000
 DEFAULT_VALIDATION_SHARE = 0.02
 DEFAULT_SEED = 17
@@ -146,7 +148,7 @@ def default_corpus(cache_root: Path | None = None, progress: bool = True) -> Pat
         # Absent, or damaged; both are put right by building it.
         if folder.exists():
             remove_folder(folder)
-        _build(_Options(folder, progress=progress), replace=False)
+        _build(_Options(folder, vocab_size=CORPUS_VOCAB_SIZE, progress=progress), replace=False)
     return folder
 
 
@@ -289,7 +291,7 @@ def _environment_digest() -> str:
         for package in importlib.metadata.distributions()
         if package.name != "transmamba"
     }
-    rules = (FORMAT_VERSION, DEFAULT_VOCAB_SIZE, DEFAULT_VALIDATION_SHARE, DEFAULT_SEED, SAMPLE_CHARS)
+    rules = (FORMAT_VERSION, CORPUS_VOCAB_SIZE, DEFAULT_VALIDATION_SHARE, DEFAULT_SEED, SAMPLE_CHARS)
     corpus_rules = (MAX_CHARS, MIN_CHARS, MIN_SHARE)
     lines = [platform.python_version(), repr(rules), repr(corpus_rules), *sorted(packages)]
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]

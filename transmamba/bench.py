@@ -5,6 +5,7 @@ import re
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from transmamba.bench_mixer import mixer_rows
 from transmamba.errors import EXIT_CONFIG
 from transmamba.kernels.ssd.bench import load_peer, rows
 from transmamba.machine import describe_device, versions
@@ -35,7 +37,7 @@ def bench_kernels(budget_s: float, mamba_ssm: str | None, out: Path) -> int:
     """
     device = torch.device("cpu")
     hardware = describe_device(device)
-    file = out / re.sub(r"\W+", "-", hardware).strip("-").lower() / "kernels.json"
+    file = results_folder(out, hardware) / "kernels.json"
     report: dict[str, Any] = {
         "hardware": hardware,
         "threads": torch.get_num_threads(),
@@ -50,7 +52,7 @@ def bench_kernels(budget_s: float, mamba_ssm: str | None, out: Path) -> int:
     except ValueError as error:
         print(f"--mamba-ssm: {error}; give the folder of an unpacked mamba-ssm", file=sys.stderr)
         return EXIT_CONFIG
-    for row in rows(budget_s, mamba_ssm):
+    for row in chain(rows(budget_s * 0.8, mamba_ssm), mixer_rows(budget_s * 0.2)):
         report["rows"].append(row)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report, indent=1) + "\n")
@@ -59,6 +61,11 @@ def bench_kernels(budget_s: float, mamba_ssm: str | None, out: Path) -> int:
     console.print(table)
     console.print(f"written to {file}")
     return 0
+
+
+def results_folder(out: Path, hardware: str) -> Path:
+    """Where the results of one kind of machine are kept."""
+    return out / re.sub(r"\W+", "-", hardware).strip("-").lower()
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from transmamba import session
 from transmamba.batches import MicroBatch
+from transmamba.bench import results_folder
 from transmamba.compose import load
 from transmamba.config import Config
 from transmamba.data_pipeline.manifest import load_manifest
@@ -60,7 +61,7 @@ def bench_step(budget_s: float, out: Path) -> int:
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
     _show(record)
-    _write(record, out, topology.device.type, device)
+    _write(record, out)
     return 0 if record["ratio"] <= WANTED else 1
 
 
@@ -131,7 +132,7 @@ def _show(record: dict[str, Any]) -> None:
     print(f"ratio       {record['ratio']:8.3f}  (median of {record['blocks']} alternated blocks; at most {WANTED})")
 
 
-def _write(record: dict[str, Any], out: Path, kind: str, device: str) -> None:
-    folder = out / (kind if kind == "cpu" else device.replace(" ", "-").lower())
+def _write(record: dict[str, Any], out: Path) -> None:
+    folder = results_folder(out, record["device"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

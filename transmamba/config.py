@@ -224,7 +224,7 @@ class ZeroConfig(Section):
 class ValidationConfig(Section):
     every: int = Field(default=100, ge=0, le=10**12)
     """Steps between validations; 0 validates at the end only."""
-    tokens: Count = Field(default=65536, ge=0, le=10**18)
+    tokens: Count = Field(default=16384, ge=0, le=10**18)
     """Tokens per set in a validation during training; 0 takes all. The final one takes all."""
     sets: dict[Text, Text] = Field(default_factory=dict)
     """More validation sets: name -> prepared folder (its validation split)."""

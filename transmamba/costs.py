@@ -13,7 +13,7 @@ from transmamba.transpoint import LayerKind
 
 FLOP_CONVENTION = "2 per multiply-add; causal half of attention; scan in dense chunks of 64; training = 3 x forward"
 CHUNK = 64
-BUILT_IN_VOCAB = 4096
+BUILT_IN_VOCAB = 2048
 TRAINING_OVER_FORWARD = 3
 
 

@@ -5,6 +5,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -21,11 +22,11 @@ def choose_threads(wanted: int | None) -> tuple[int, str]:
     cores = len(os.sched_getaffinity(0))
     if wanted is not None:
         return wanted, "as set"
-    busy = min(os.getloadavg()[0], cores)
-    free = max(1, min(cores, round(cores - busy)))
+    idle = _idle_cores()
+    free = max(1, min(cores, round(idle)))
     if free == cores:
         return cores, f"all {cores} cores are free"
-    return free, f"{cores} cores, load {busy:.1f}"
+    return free, f"{idle:.1f} of {cores} cores are idle"
 
 
 def choose_precision(wanted: Precision | None, device: torch.device) -> Precision:
@@ -65,6 +66,21 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the data sheet; None where it is not known, and then no MFU is claimed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for model, peak in _PEAK_BF16_FLOPS.items() if model in name), None)
+
+
+def _idle_cores(seconds: float = 0.4) -> float:
+    """Cores that nobody used just now. The load average would still show this process's own preparations."""
+    before = _cpu_ticks()
+    time.sleep(seconds)
+    idle, total = (later - earlier for later, earlier in zip(_cpu_ticks(), before, strict=True))
+    return (os.cpu_count() or 1) * idle / max(total, 1)
+
+
+def _cpu_ticks() -> tuple[int, int]:
+    """Idle and all ticks of all cores since the machine started."""
+    with open("/proc/stat", encoding="utf-8") as file:
+        user, nice, system, idle, wait, *others = (int(field) for field in file.readline().split()[1:9])
+    return idle + wait, user + nice + system + idle + wait + sum(others)
 
 
 def _cpu_name() -> str:
