@@ -30,7 +30,7 @@ from transmamba.report import Report
 from transmamba.run import Run, build_model, build_run, describe, make_folder
 from transmamba.transpoint import effective_points
 
-BLOCK = 40  # steps that end with a checkpoint; the default run saves less often
+BLOCK = 30  # steps that end with a checkpoint; the default run saves less often
 WANTED = 1.05
 
 
