@@ -245,7 +245,7 @@ class ResumeConfig(Section):
 
 
 class SampleConfig(Section):
-    prompt: Annotated[str, Field(max_length=4096)] = "Return the "
+    prompt: Annotated[str, Field(max_length=4096)] = "Return the"
     """Text that the model completes before and after training; empty leaves it out."""
     tokens: int = Field(default=40, ge=1, le=100_000)
     """Tokens to add."""

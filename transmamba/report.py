@@ -31,10 +31,15 @@ class Report:
         self._task: Any = None
         self._last_line_at = 0.0
 
-    def facts(self, rows: dict[str, str]) -> None:
-        """Aligned name and value lines."""
+    def facts(self, rows: dict[str, str | list[str]]) -> None:
+        """Aligned name and value lines; a list of values goes on below the first."""
         width = max(len(name) for name in rows) + 2
-        for name, value in rows.items():
+        lines = [
+            (name if index == 0 else "", value)
+            for name, values in rows.items()
+            for index, value in enumerate([values] if isinstance(values, str) else values)
+        ]
+        for name, value in lines:
             self.console.print(Text(f"{name:<{width}}", "bold") + Text(value))
 
     def say(self, text: str) -> None:

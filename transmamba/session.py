@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 import traceback
@@ -173,8 +174,9 @@ def _farewell(run: Run, report: Report, code: int) -> None:
     """Where everything is, and what to type next."""
     picture = plot_loss(run.folder)
     newest = published(run.checkpoints)
-    again = f"python -m transmamba.train --config {run.folder / 'config.yaml'}"
-    rows = {"checkpoint": str(newest[0]) if newest else "none", "loss curve": str(picture or "none")}
+    again = _again(run.folder)
+    rows: dict[str, str | list[str]] = {"checkpoint": str(newest[0]) if newest else "none"}
+    rows["loss curve"] = str(picture or "none")
     if code != EXIT_DONE:
         report.facts(rows | {"resume": again})
         return
@@ -189,16 +191,25 @@ def _farewell(run: Run, report: Report, code: int) -> None:
             f"{result['loss']:.4f} nats per token (unigram entropy {validation.unigram_entropy():.4f}), "
             f"{result['bits_per_byte']:.4f} bits per byte" + ("" if gzip is None else f" (gzip -9 {gzip:.4f})")
         )
-    steps = run.config.train.steps
-    longer = f"{again} train.steps={2 * steps}" if steps is not None else again
-    report.facts(
-        rows
-        | {
-            "next": f'transmamba generate {run.folder} -p "{run.config.sample.prompt or "The"}"',
-            "": longer,
-            " ": "python -m transmamba.train model=tiny_transformer",
-        }
-    )
+    tokens = run.config.train.tokens
+    longer = f"train.steps={2 * total_steps(run.config)}" if tokens is None else f"train.tokens={2 * tokens}"
+    rows["next"] = [
+        f'{_tools()}transmamba generate {run.folder} -p "{run.config.sample.prompt or "The"}"',
+        f"{again} {longer}",
+        f"{_tools()}python -m transmamba.train model=tiny_transformer",
+    ]
+    report.facts(rows)
+
+
+def _again(folder: Path) -> str:
+    """The command that continues a run."""
+    return f"{_tools()}python -m transmamba.train --config {folder / 'config.yaml'}"
+
+
+def _tools() -> str:
+    """What to put before `python` and `transmamba` so that a shell without the environment finds them."""
+    here = Path(sys.executable).parent
+    return "" if shutil.which("transmamba") == str(here / "transmamba") else f"{os.path.relpath(here)}/"
 
 
 def _write_exit(folder: Path, code: int, cause: str) -> None:
@@ -207,7 +218,7 @@ def _write_exit(folder: Path, code: int, cause: str) -> None:
         "code": code,
         "cause": cause,
         "checkpoint": str(newest[0]) if newest else None,
-        "resume": f"python -m transmamba.train --config {folder / 'config.yaml'}",
+        "resume": _again(folder),
     }
     (folder / "exit.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
