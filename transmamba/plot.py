@@ -19,9 +19,9 @@ def plot_loss(folder: Path) -> Path | None:
     axes.plot(tokens, losses, color="#9db8d2", linewidth=0.8, label="training, every step")
     axes.plot(tokens, _smooth(losses), color="#1f5a91", linewidth=1.8, label="training, running mean")
     names = sorted({name for record in records for name in record.get("validation", {})})
-    for name in names:
+    for index, name in enumerate(names, start=1):  # C0 is the training curve's blue
         held = [(r["tokens"], r["validation"][name]["loss"]) for r in records if name in r.get("validation", {})]
-        axes.plot(*zip(*held, strict=True), "o-", markersize=4, label=name)
+        axes.plot(*zip(*held, strict=True), "o-", color=f"C{index}", markersize=4, label=name)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
