@@ -29,7 +29,7 @@ def test_the_default_run_is_the_tiny_model_with_the_scaled_paper_schedule() -> N
     config = load([])
     assert (config.model.n_layers, config.model.n_heads, config.model.d_model) == (8, 8, 128)
     assert (config.transpoint.schedule, config.data.seq_len, config.train.global_batch) == ("cycle", 256, 8)
-    assert (config.train.steps, config.optim.lr, config.resume.mode) == (240, 3e-3, "auto")
+    assert (config.train.steps, config.optim.lr, config.resume.mode) == (90, 6e-3, "auto")
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in groups().items() for name in names])

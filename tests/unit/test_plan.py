@@ -83,7 +83,7 @@ def test_training_counts_three_times_the_forward_pass_and_the_logits() -> None:
     layers = sum(layer.forward_flops_per_token for layer in plan.layers)
     assert plan.forward_flops_per_token == pytest.approx(layers + 2 * 128 * plan.vocab_rows)
     assert plan.training_flops_per_token == 3 * plan.forward_flops_per_token
-    assert (plan.steps, plan.tokens) == (240, 240 * 8 * 256)
+    assert (plan.steps, plan.tokens) == (90, 90 * 8 * 256)
 
 
 @dataclass
