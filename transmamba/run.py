@@ -56,14 +56,7 @@ def build_run(config: Config, topology: Topology, folder: Path, manifests: dict[
     manifest = manifests["train"]
     model = build_model(config, manifest.vocab_size)
     model.to(topology.device)
-    optimizer = Optimizer(
-        model,
-        decayed_names(model, config),
-        config.optim,
-        stage=config.zero.stage,
-        bf16=config.precision == "bf16",
-        micro_batch=config.train.micro_batch,
-    )
+    optimizer = build_optimizer(model, config)
     stage = build_stage(optimizer.module, config)
 
     def batches_of(source: Manifest, split: str) -> Batches:
@@ -92,6 +85,18 @@ def build_model(config: Config, n_tokens_known: int) -> Model:
         n_rows=padded_vocab(config.model.vocab_size or n_tokens_known),
         seed=config.seed,
         recompute=config.train.recompute == "full",
+    )
+
+
+def build_optimizer(model: Model, config: Config) -> Optimizer:
+    """AdamW over the model's weights, which it takes over, in the configured ZeRO stage and precision."""
+    return Optimizer(
+        model,
+        decayed_names(model, config),
+        config.optim,
+        stage=config.zero.stage,
+        bf16=config.precision == "bf16",
+        micro_batch=config.train.micro_batch,
     )
 
 

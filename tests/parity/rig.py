@@ -9,10 +9,9 @@ import torch
 from transmamba.batches import MicroBatch
 from transmamba.config import Config
 from transmamba.kernels.documents import Documents
-from transmamba.optimizer import decayed_names, learning_rate
+from transmamba.optimizer import learning_rate
 from transmamba.parallel.pipeline import run_schedule
-from transmamba.parallel.zero import Optimizer
-from transmamba.run import build_model, build_stage
+from transmamba.run import build_model, build_optimizer, build_stage
 
 ROWS, TOKENS, VOCAB = 6, 40, 100
 POINTS = [0, 7, math.inf]
@@ -63,14 +62,7 @@ def batches_of(config: Config, step: int) -> list[MicroBatch]:
 def train(config: Config, n_steps: int = 6) -> Trained:
     """Train from the seed's weights; returns losses, gradient norms and the masters after the last step."""
     model = build_model(config, VOCAB)
-    optimizer = Optimizer(
-        model,
-        decayed_names(model, config),
-        config.optim,
-        stage=config.zero.stage,
-        bf16=config.precision == "bf16",
-        micro_batch=config.train.micro_batch,
-    )
+    optimizer = build_optimizer(model, config)
     stage = build_stage(optimizer.module, config)
     trained = Trained()
     for step in range(n_steps):
