@@ -32,11 +32,6 @@ _SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 Entry = TypeVar("Entry")
 
 
-def padded_vocab_size(n: int) -> int:
-    """Embedding rows for a tokenizer of `n` tokens: rounded up to 128, whatever the layout."""
-    return -(-n // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE whose only special token is `<|endoftext|>`, id 0.
 

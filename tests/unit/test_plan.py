@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from transmamba.compose import load
+from transmamba.config import padded_vocab
 from transmamba.costs import PositionShares, layer_flops, packed_documents, whole_windows
 from transmamba.errors import EXIT_CONFIG, EXIT_DONE
 from transmamba.plan import make_plan, print_plan, run_plan
@@ -163,3 +164,8 @@ def test_the_command_prints_a_plan_or_the_problems(
 def test_shares_start_at_one_and_end_at_zero() -> None:
     shares: PositionShares = packed_documents([(5, 2), (300, 1)], 256)
     assert (shares.past(0), shares.past(256)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("n", "padded"), [(1, 128), (128, 128), (129, 256), (4096, 4096), (50257, 50304)])
+def test_the_vocabulary_is_padded_to_128(n: int, padded: int) -> None:
+    assert padded_vocab(n) == padded

@@ -21,7 +21,6 @@ from transmamba.data_pipeline.tokenizer import (
     encode_documents,
     end_of_text_id,
     load_tokenizer,
-    padded_vocab_size,
     split_long_text,
     token_bytes,
     train_tokenizer,
@@ -77,11 +76,6 @@ def test_a_long_text_cut_into_pieces_has_the_tokens_of_the_whole(monkeypatch: py
     assert "".join(split_long_text(text)) == text
     (pieces,) = encode_documents(TOKENIZER, [text], eod_id=0)
     assert np.array_equal(pieces, whole)
-
-
-@pytest.mark.parametrize(("n", "padded"), [(1, 128), (128, 128), (129, 256), (4096, 4096), (50257, 50304)])
-def test_the_vocabulary_is_padded_to_128(n: int, padded: int) -> None:
-    assert padded_vocab_size(n) == padded
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model": {"type": "Nothing"}}'])
