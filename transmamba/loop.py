@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,15 @@ def train_steps(run: Run, first: int, journal: Journal, report: Report, flops_pe
     try:
         with report.steps(first, last):
             for step in range(first, last):
-                record = _measured_step(run, step, meter)
                 done = step + 1
+                stats_every = config.train.layer_stats_every
+                watched = layer_stats(run.model.layers) if stats_every and done % stats_every == 0 else nullcontext()
+                started = time.perf_counter()
+                with watched as layers:
+                    trained = train_step(run, step)
+                record = meter.record(trained, time.perf_counter() - started)
+                if layers is not None:
+                    record["layers"] = layers
                 every = config.validation.every
                 if done == last or (every and done % every == 0):
                     record["validation"] = validate(run, done, report, is_last=done == last)
@@ -116,20 +124,6 @@ def save(run: Run, step: int, journal: Journal) -> None:
             EXIT_STORAGE, f"checkpoint.every: cannot save step {step} ({error}), {free} bytes free. Fix: make room"
         ) from error
     journal.event("save", path=str(path), seconds=time.monotonic() - started, pruned=[p.name for p in pruned])
-
-
-def _measured_step(run: Run, step: int, meter: "_Meter") -> dict[str, Any]:
-    every = run.config.train.layer_stats_every
-    started = time.perf_counter()
-    if every and (step + 1) % every == 0:
-        with layer_stats(run.model.layers) as layers:
-            done = train_step(run, step)
-    else:
-        layers, done = None, train_step(run, step)
-    record = meter.record(done, time.perf_counter() - started)
-    if layers is not None:
-        record["layers"] = layers
-    return record
 
 
 class _Meter:

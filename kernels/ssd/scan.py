@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transmamba.kernels.documents import Documents
-from transmamba.kernels.ssd.chunked import scan_backward, scan_forward
+from transmamba.kernels.ssd.chunked import Kept, scan_backward, scan_forward
 from transmamba.kernels.ssd.slabs import Streams, working_dtype
 
 
@@ -58,7 +58,7 @@ def ssd_scan(
         state_BHNV = initial_state_BHNV.to(work)
         if documents is not None and documents.n_tokens:
             state_BHNV = state_BHNV.masked_fill(documents.reset_BT[:, 0, None, None, None], 0)
-    return _Scan.apply(*streams, state_BHNV, documents, first_output)
+    return _Scan.apply(*streams, state_BHNV, documents, first_output, torch.is_grad_enabled())
 
 
 def final_state(
@@ -157,6 +157,7 @@ class _NodeGrads(NamedTuple):
     state_BHNV: Tensor
     documents: None = None
     first_output: None = None
+    keep: None = None
 
 
 class _Scan(torch.autograd.Function):
@@ -172,10 +173,12 @@ class _Scan(torch.autograd.Function):
         state_BHNV: Tensor,
         documents: Documents | None,
         first_output: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         streams = Streams(c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H, D_H)
-        y_BTHV, final_BHNV, entering = scan_forward(streams, state_BHNV, documents, first_output)
-        ctx.save_for_backward(*streams, entering)
+        keep = keep and any(ctx.needs_input_grad)
+        y_BTHV, final_BHNV, kept = scan_forward(streams, state_BHNV, documents, first_output, keep)
+        ctx.save_for_backward(*streams, *(tensor for slab in kept for tensor in slab))
         ctx.documents, ctx.first_output = documents, first_output
         return y_BTHV, final_BHNV
 
@@ -183,9 +186,11 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> _NodeGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
         dy_BTHV, dstate_BHNV = grads
-        *inputs, entering = ctx.saved_tensors
-        streams = Streams(*inputs)
-        found = scan_backward(streams, entering, ctx.documents, ctx.first_output, dy_BTHV, dstate_BHNV)
+        saved = ctx.saved_tensors
+        streams = Streams(*saved[: len(Streams._fields)])
+        slabs = saved[len(streams) :]
+        kept = [Kept(*pair) for pair in zip(slabs[::2], slabs[1::2], strict=True)]
+        found = scan_backward(streams, kept, ctx.documents, ctx.first_output, dy_BTHV, dstate_BHNV)
         return _NodeGrads(
             found.c_BTGN,
             found.b_BTGN,

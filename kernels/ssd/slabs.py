@@ -38,7 +38,7 @@ class Streams(NamedTuple):
 
 
 class Slab(NamedTuple):
-    """One slab in chunks, in the working precision; padded tokens are 0 in dt, b, c and x and do nothing.
+    """One slab in chunks, in the working precision but for `x`, which is a view of the input.
 
     `log_decay` is the sum of dt * A from the start of a chunk, in units of log 2. `read` is the decay from
     the state that enters a chunk to a token, `write` that from a token to the state that leaves, `carry` that
@@ -47,10 +47,9 @@ class Slab(NamedTuple):
     is 1 where it may; None if no document starts in the slab.
     """
 
-    c_BHCLN: Tensor
-    b_BHCLN: Tensor
+    c_BGCLN: Tensor | None
+    b_BGCLN: Tensor
     x_BHCLV: Tensor
-    u_BHCLV: Tensor
     dt_BHCL: Tensor
     log_decay_BHCL: Tensor
     read_BHCL: Tensor
@@ -74,6 +73,10 @@ class Workspace:
             self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
         return self._buffers[name][:size].view(shape)
 
+    def copy(self, name: str, source: Tensor) -> Tensor:
+        """The values of `source`, contiguous, in a buffer."""
+        return self.take(name, *source.shape).copy_(source)
+
     def multiply(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """left * right in a buffer of the shape of `left`."""
         return torch.mul(left, right, out=self.take(name, *left.shape))
@@ -91,32 +94,37 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def spans(streams: Streams, first_output: int) -> list[Span]:
-    """Slabs of a row: those that only build state, up to `first_output`, then those with outputs."""
+    """Slabs of a row: those that only build state, up to `first_output`, then those with outputs.
+
+    Every slab holds whole chunks: what is left at the end of either part is a slab of one shorter chunk.
+    """
     n_rows, n_tokens, n_heads, n_values = streams.x_BTHV.shape
     output_chunk = NARROW_CHUNK if streams.b_BTGN.shape[3] + n_values <= 32 else WIDE_CHUNK
-    state_chunk = max(min(STATE_CHUNK, first_output), 1)
     n_slab_tokens = SLAB_ELEMENTS // (n_rows * n_heads * WIDE_CHUNK)  # with narrow chunks slabs are better smaller
     result: list[Span] = []
     for start, stop, length, wants_output in (
-        (0, first_output, state_chunk, False),
+        (0, first_output, STATE_CHUNK, False),
         (first_output, n_tokens, output_chunk, True),
     ):
         step = length * max(n_slab_tokens // length, 1)
-        result.extend(Span(at, min(at + step, stop), length, wants_output) for at in range(start, stop, step))
+        whole = stop - (stop - start) % length
+        result.extend(Span(at, min(at + step, whole), length, wants_output) for at in range(start, whole, step))
+        if whole < stop:
+            result.append(Span(whole, stop, stop - whole, wants_output))
     return result
 
 
 def load_slab(streams: Streams, span: Span, documents: Documents | None, space: Workspace) -> Slab:
     """Bring one slab into chunks and compute its decays; step 1 of README.md."""
     work = working_dtype(streams.x_BTHV.dtype)
-    n_heads, length = streams.x_BTHV.shape[2], span.n_chunk_tokens
-    x, dt = chunked(streams.x_BTHV, span, space, "x"), chunked(streams.dt_BTH, span, space, "dt")
-    b = to_heads(chunked(streams.b_BTGN, span, space, "b"), n_heads)
-    c = to_heads(chunked(streams.c_BTGN, span, space, "c"), n_heads) if span.wants_output else b
+    length = span.n_chunk_tokens
+    dt = chunked(streams.dt_BTH, span).to(work)
+    b = space.copy("b", chunked(streams.b_BTGN, span))
+    c = space.copy("c", chunked(streams.c_BTGN, span)) if span.wants_output else None
     decay = dt * (streams.A_H.to(work) * LOG2_E)[:, None, None]
-    barrier = torch.zeros(length, length, dtype=work, device=x.device)
+    barrier = torch.zeros(length, length, dtype=work, device=dt.device)
     if documents is not None and _starts_inside(documents, span):
-        part_BCL = chunked(documents.reset_BT[..., None].to(work), span, space, "reset")[:, 0].cumsum(-1)
+        part_BCL = chunked(documents.reset_BT[..., None].to(work), span)[:, 0].cumsum(-1)
         visible_BCLL = (part_BCL[..., :, None] == part_BCL[..., None, :]).tril()
         together = visible_BCLL.to(work)
         log_decay = sum_before(decay, together)
@@ -130,19 +138,8 @@ def load_slab(streams: Streams, span: Span, documents: Documents | None, space: 
         to_end = log_decay[..., -1:] - log_decay
         barrier.masked_fill_(torch.ones_like(barrier, dtype=torch.bool).triu(1), -torch.inf)
     read = from_start.exp2()
-    return Slab(
-        c,
-        b,
-        x,
-        space.multiply("u", x, dt[..., None]),
-        dt,
-        log_decay,
-        read,
-        to_end.exp2(),
-        read[..., -1],
-        barrier,
-        together,
-    )
+    x = chunked(streams.x_BTHV, span)
+    return Slab(c, b, x, dt, log_decay, read, to_end.exp2(), read[..., -1], barrier, together)
 
 
 def sum_before(values_BHCL: Tensor, together_BCLL: Tensor | None) -> Tensor:
@@ -162,35 +159,14 @@ def sum_after(values_BHCL: Tensor, together_BCLL: Tensor | None) -> Tensor:
     return torch.einsum("bcij,bhci->bhcj", together_BCLL, values_BHCL)
 
 
-def chunked(stream: Tensor, span: Span, space: Workspace, name: str) -> Tensor:
-    """Tokens of a slab, [B, T, H, ...], to [B, H, C, L, ...] in a buffer, zero padded."""
-    part = stream[:, span.start : span.stop].movedim(1, 2)
-    n_tokens = part.shape[2]
-    n_chunks = -(-n_tokens // span.n_chunk_tokens)
-    padded = space.take(name, *part.shape[:2], n_chunks * span.n_chunk_tokens, *part.shape[3:])
-    padded[:, :, :n_tokens].copy_(part)
-    if n_tokens < padded.shape[2]:
-        padded[:, :, n_tokens:] = 0
-    return padded.unflatten(2, (n_chunks, -1))
+def chunked(stream: Tensor, span: Span) -> Tensor:
+    """Tokens of a slab as a view: [B, T, H, ...] to [B, H, C, L, ...]."""
+    return stream[:, span.start : span.stop].unflatten(1, (-1, span.n_chunk_tokens)).movedim(3, 1)
 
 
-def unchunked(target: Tensor, chunks: Tensor, span: Span) -> None:
-    """Write [B, H, C, L, ...] to the tokens of `span` in `target` [B, T, H, ...]; undoes `chunked`."""
-    tokens = chunks.flatten(2, 3)[:, :, : span.stop - span.start]
-    target[:, span.start : span.stop].copy_(tokens.movedim(2, 1))
-
-
-def to_heads(chunks_BGCLN: Tensor, n_heads: int) -> Tensor:
-    """Repeat every group for its heads."""
-    n_shared = n_heads // chunks_BGCLN.shape[1]
-    return chunks_BGCLN if n_shared == 1 else chunks_BGCLN.repeat_interleave(n_shared, 1)
-
-
-def to_groups(chunks_BHCLN: Tensor, n_groups: int) -> Tensor:
-    """Sum over the heads of every group: the adjoint of `to_heads`."""
-    if chunks_BHCLN.shape[1] == n_groups:
-        return chunks_BHCLN
-    return chunks_BHCLN.unflatten(1, (n_groups, -1)).sum(2)
+def per_group(heads: Tensor, n_groups: int) -> Tensor:
+    """[B, H, ...] to [B, G, heads of a group, ...]; a tensor of groups follows by `[:, :, None]`."""
+    return heads.unflatten(1, (n_groups, -1))
 
 
 def _starts_inside(documents: Documents, span: Span) -> bool:
