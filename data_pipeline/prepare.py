@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -10,6 +11,7 @@ import platform
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,14 +144,28 @@ def default_corpus(cache_root: Path | None = None, progress: bool = True) -> Pat
     """
     root = cache_root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "transmamba" / f"docstrings-{_environment_digest()}"
-    try:
-        load_manifest(folder)
-    except DataError:
-        # Absent, or damaged; both are put right by building it.
-        if folder.exists():
-            remove_folder(folder)
-        _build(_Options(folder, vocab_size=CORPUS_VOCAB_SIZE, progress=progress), replace=False)
+    with _one_at_a_time(folder.with_suffix(".lock")):
+        try:
+            load_manifest(folder)
+        except DataError:
+            # Absent, or damaged; both are put right by building it.
+            if folder.exists():
+                remove_folder(folder)
+            _build(_Options(folder, vocab_size=CORPUS_VOCAB_SIZE, progress=progress), replace=False)
     return folder
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Let the ranks of a job, which all come at once, wait for the first instead of doing its work again."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("ab")
+    except OSError as error:
+        raise DataError(str(lock), error.strerror or str(error), "make its folder writable") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def summary_lines(manifest: Manifest) -> list[str]:

@@ -29,6 +29,7 @@ from transmamba.parallel import topology as groups
 from transmamba.report import Report
 from transmamba.run import Run, build_model, build_run, describe, make_folder
 from transmamba.transpoint import effective_points
+from transmamba.watchdog import Heartbeat
 
 BLOCK = 30  # steps that end with a checkpoint; the default run saves less often
 WANTED = 1.05
@@ -46,7 +47,7 @@ def bench_step(budget_s: float, out: Path) -> int:
         topology = groups.start(config.parallel)
         try:
             session.settle_machine(config, topology, None)
-            run_folder = make_folder(config)
+            run_folder = make_folder(config, topology)
             describe(config, run_folder, topology.device)
             run = build_run(config, topology, run_folder, {"train": load_manifest(Path(config.data.path))})
             run.held.clear()  # validation is work that was asked for, not overhead
@@ -72,12 +73,14 @@ def _alternate(run: Run, deadline: float) -> dict[str, Any]:
     journal, feed = Journal(run.folder, 0), WandbFeed(run.folder, run.config.wandb)
     report = Report(Console(file=sys.stderr))
     pairs: list[tuple[float, float]] = []
-    train_steps(run, BLOCK - 3, journal, report, 1.0)
+    heartbeat = Heartbeat(run.folder, run.topology.rank)
+    train_steps(run, BLOCK - 3, journal, report, heartbeat, 1.0)
     while not pairs or time.monotonic() + 1.5 * sum(pairs[-1]) * BLOCK < deadline:
         bare_s = _per_step(lambda: bare.steps(batches))
-        framework_s = _per_step(lambda: train_steps(run, 0, journal, report, 1.0))
+        framework_s = _per_step(lambda: train_steps(run, 0, journal, report, heartbeat, 1.0))
         pairs.append((bare_s, framework_s))
     journal.close()
+    heartbeat.done()
     feed.close()
     return {
         "steps_per_block": BLOCK,
@@ -94,8 +97,8 @@ class _BareLoop:
 
     def __init__(self, config: Config, vocab_size: int):
         self.config, self.model = config, build_model(config, vocab_size)
-        decayed = decayed_names(self.model, config)
         parameters = dict(self.model.named_parameters())
+        decayed = decayed_names(parameters, config)
         self.adamw = torch.optim.AdamW(
             [
                 {"params": [p for n, p in parameters.items() if n in decayed]},
@@ -111,7 +114,7 @@ class _BareLoop:
     def steps(self, batches: list[list[MicroBatch]]) -> None:
         for step, micro_batches in enumerate(batches):
             for ids, targets, weight, documents, points in micro_batches:
-                self.model(ids, targets, weight, points, documents).loss.backward()
+                self.model(ids, targets, weight, points, documents).loss.backward()  # pyright: ignore
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or 1e9)
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate(self.config, step + 1)

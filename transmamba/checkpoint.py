@@ -8,25 +8,33 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load as decode_safetensors
 from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 FILE_BYTES = 1 << 30  # a file is closed when it holds this much
 _STEP_PREFIX = "step-"
 _TEMPORARY = ".tmp-"
 
 
+class Shard(NamedTuple):
+    """The part of a global tensor that a tensor-parallel rank holds: slice `part` of `n_parts` along `dim`."""
+
+    dim: int
+    part: int
+    n_parts: int
+
+
 class Piece(NamedTuple):
-    """A contiguous range of one flattened global tensor of one kind, on its way to disk.
+    """A contiguous range of one flattened tensor of one kind, global or a shard of it, on its way to disk.
 
     Kinds: "master" (float32 weight), "exp_avg", "exp_avg_sq" (Adam's moments), "buffer" (saved, not trained) and
     "weight" (a value under its usual name that training holds in parts).
@@ -34,9 +42,37 @@ class Piece(NamedTuple):
 
     name: str
     kind: str
-    shape: tuple[int, ...]
+    shape: Sequence[int]  # of the global tensor
     start: int
     values: Tensor
+    shard: Shard | None = None
+
+
+class Ranks(Protocol):
+    """The processes that write one checkpoint together."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        ...
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value]
 
 
 class CheckpointError(Exception):
@@ -70,7 +106,7 @@ def directory_of(folder: Path, step: int) -> Path:
     return folder / f"{_STEP_PREFIX}{step:08d}"
 
 
-def save(folder: Path, step: int, pieces: Iterable[Piece], record: dict[str, Any]) -> Path:
+def save(folder: Path, step: int, pieces: Iterable[Piece], record: dict[str, Any], ranks: Ranks | None = None) -> Path:
     """Write and publish the checkpoint of `step`; a valid one that is already there is left alone.
 
     Args:
@@ -78,6 +114,7 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], record: dict[str, Any
         step: optimizer steps done.
         pieces: this process's slices, read once, in order.
         record: JSON values that go into the manifest beside the format's own keys.
+        ranks: the processes that each write their pieces, all of which must call this; None for one.
 
     Returns:
         The published directory.
@@ -85,33 +122,61 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], record: dict[str, Any
     Raises:
         StorageError: the file system refused; nothing was published and nothing older was touched.
     """
+    ranks = ranks or Alone()
     target = directory_of(folder, step)
-    if (target / MANIFEST).exists():
-        try:
-            read(target)
-            return target
-        except CheckpointError:
-            _set_aside(target)
     temporary = folder / f"{_TEMPORARY}{target.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            **record,
-            **_write_files(temporary, pieces),
-        }
-        _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
-        _sync_directory(temporary)
-        temporary.rename(target)
-        _sync_directory(folder)
-        hint = folder / f"{_TEMPORARY}LATEST"
-        _write_durably(hint, f"{target.name}\n".encode())
-        hint.rename(folder / "LATEST")
-    except OSError as error:
-        raise StorageError(f"{target}: {error.strerror or error}") from error
+    if ranks.share(ranks.rank == 0 and _is_there(target)):
+        return target
+    _all_or_none(ranks, target, lambda: _make_anew(temporary) if ranks.rank == 0 else None)
+    parts = _all_or_none(ranks, target, lambda: _write_files(temporary, pieces, ranks.rank))
+    manifest = {"format_version": FORMAT_VERSION, "step": step, **record, **_merge(parts)}
+    _all_or_none(ranks, target, lambda: _publish(temporary, target, manifest) if ranks.rank == 0 else None)
     return target
+
+
+def _all_or_none(ranks: Ranks, target: Path, write: Callable[[], Any]) -> list[Any]:
+    """Every rank's result of `write`; an error on any rank is an error on all, so that none waits for another.
+
+    Raises:
+        StorageError: the file system refused somewhere.
+    """
+    try:
+        outcome = (write(), None)
+    except OSError as error:
+        outcome = (None, f"{target}: {error.strerror or error}")
+    outcomes = ranks.collect(outcome)
+    for _, problem in outcomes:
+        if problem is not None:
+            raise StorageError(problem)
+    return [result for result, _ in outcomes]
+
+
+def _is_there(target: Path) -> bool:
+    """Whether a valid checkpoint is published already; a damaged one is put aside."""
+    if not (target / MANIFEST).exists():
+        return False
+    try:
+        read(target)
+    except CheckpointError:
+        _set_aside(target)
+        return False
+    return True
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Manifest last, then one rename."""
+    _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    _sync_directory(temporary)
+    temporary.rename(target)
+    _sync_directory(target.parent)
+    hint = target.parent / f"{_TEMPORARY}LATEST"
+    _write_durably(hint, f"{target.name}\n".encode())
+    hint.rename(target.parent / "LATEST")
 
 
 def prune(folder: Path, keep: int) -> list[Path]:
@@ -148,25 +213,46 @@ def read(path: Path) -> Checkpoint:
     manifest = read_manifest(path)
     try:
         contents = {name: _read_file(path / name, entry) for name, entry in manifest["files"].items()}
-        tensors: dict[tuple[str, str], Tensor] = {}
-        covered: dict[tuple[str, str], int] = {}
+        shards: dict[tuple[str, str], dict[Shard | None, list[Tensor]]] = {}
         for entry in sorted(manifest["slices"], key=lambda entry: entry["start"]):
             values = contents[entry["file"]][entry["key"]]
             if _digest(values) != entry["sha256"]:
                 raise CheckpointError(f"{path / entry['file']}: slice {entry['key']} does not match its digest")
-            tensor = (entry["name"], entry["kind"])
-            n_values = torch.Size(manifest["tensors"][entry["name"]]).numel()
-            whole = tensors.setdefault(tensor, torch.empty(n_values, dtype=values.dtype))
-            if entry["start"] != covered.get(tensor, 0) or entry["start"] + values.numel() > n_values:
+            shard = None if entry["shard"] is None else Shard(*entry["shard"])
+            parts = shards.setdefault((entry["name"], entry["kind"]), {}).setdefault(shard, [])
+            if entry["start"] != sum(part.numel() for part in parts):
                 raise CheckpointError(f"{path / MANIFEST}: slices of {entry['name']} leave a hole or overlap")
-            whole[entry["start"] : entry["start"] + values.numel()] = values
-            covered[tensor] = entry["start"] + values.numel()
-        for tensor, whole in tensors.items():
-            if covered[tensor] != whole.numel():
-                raise CheckpointError(f"{path / MANIFEST}: slices of {tensor[0]} end early")
+            parts.append(values)
+        tensors = {key: _assembled(path, key[0], manifest["tensors"][key[0]], found) for key, found in shards.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: malformed ({type(error).__name__}: {error})") from error
     return Checkpoint(path, manifest, tensors)
+
+
+def _assembled(path: Path, name: str, shape: Sequence[int], shards: dict[Shard | None, list[Tensor]]) -> Tensor:
+    try:
+        return assemble(shape, shards)
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST}: slices of {name} {error}") from error
+
+
+def assemble(shape: Sequence[int], shards: dict[Shard | None, list[Tensor]]) -> Tensor:
+    """One flattened global tensor from its slices in order, each part of it or of a shard of it exactly once.
+
+    Raises:
+        ValueError: something is missing or there twice.
+    """
+    flat = {shard: parts[0] if len(parts) == 1 else torch.cat(parts) for shard, parts in shards.items()}
+    first = next(iter(shards))
+    wanted = {None} if first is None else {first._replace(part=part) for part in range(first.n_parts)}
+    n_shards = 1 if first is None else first.n_parts
+    n_values = torch.Size(shape).numel()
+    if set(shards) != wanted or any(part.numel() * n_shards != n_values for part in flat.values()):
+        raise ValueError("end early or belong to other layouts")
+    if first is None:
+        return flat[None]
+    local = [size // first.n_parts if axis == first.dim else size for axis, size in enumerate(shape)]
+    return torch.cat([flat[first._replace(part=i)].view(local) for i in range(first.n_parts)], first.dim).flatten()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -191,8 +277,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _write_files(folder: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Write the slices into files of bounded size; returns the manifest's `tensors`, `slices` and `files`."""
+def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One `tensors`, `slices` and `files` of all ranks'."""
+    return {
+        "tensors": {name: shape for part in parts for name, shape in part["tensors"].items()},
+        "slices": [entry for part in parts for entry in part["slices"]],
+        "files": {name: entry for part in parts for name, entry in part["files"].items()},
+    }
+
+
+def _write_files(folder: Path, pieces: Iterable[Piece], rank: int) -> dict[str, Any]:
+    """Write a rank's slices into files of bounded size; returns its `tensors`, `slices` and `files`."""
     tensors: dict[str, list[int]] = {}
     slices: list[dict[str, Any]] = []
     files: dict[str, dict[str, Any]] = {}
@@ -208,7 +303,7 @@ def _write_files(folder: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
         batch, n_bytes = {}, 0
 
     def file_name() -> str:
-        return f"state-{len(files):05d}.safetensors"
+        return f"rank{rank:05d}-{len(files):05d}.safetensors"
 
     for piece in pieces:
         if piece.values.numel() == 0:
@@ -220,6 +315,7 @@ def _write_files(folder: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
             {
                 "name": piece.name,
                 "kind": piece.kind,
+                "shard": piece.shard,
                 "start": piece.start,
                 "length": values.numel(),
                 "dtype": str(values.dtype).removeprefix("torch."),

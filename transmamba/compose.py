@@ -2,6 +2,8 @@
 
 import copy
 import difflib
+import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ def load(argv: list[str]) -> Config:
     config = _checked(values, problems)
     if problems or config is None:
         raise ConfigError(problems)
-    fill_defaults(config)
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    fill_defaults(config, int(world_size) if re.fullmatch("[0-9]{1,9}", world_size) else 1)
     return config
 
 

@@ -165,9 +165,9 @@ class TrainConfig(Section):
     global_batch: Count = Field(default=8, ge=1, le=10**9)
     """Windows per optimizer step."""
     micro_batch: Count = Field(default=8, ge=1, le=10**9)
-    """Windows per forward pass and rank; not given, the largest divisor of global_batch up to 8."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recomputation per layer."""
+    """Windows per forward pass and rank; not given, the largest up to 8 that suits ranks and pipeline."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Computed again in the backward: nothing, the mixing of tokens (conv, scan, attention), or whole layers."""
     replica_check_every: int = Field(default=0, ge=0, le=10**12)
     """Steps between comparisons of replicated weights; 0 is off."""
     threads: int | None = Field(default=None, ge=1, le=4096)
@@ -311,12 +311,15 @@ def head_width(model: ModelConfig) -> int:
     return model.head_dim or model.d_model // model.n_heads
 
 
-def fill_defaults(config: Config) -> None:
-    """Fit the defaults that depend on other keys to these; keys that were given stay as they are."""
+def fill_defaults(config: Config, world_size: int = 1) -> None:
+    """Fit the defaults that depend on other keys and on the number of processes; what was given stays as it is."""
     steps = total_steps(config)
     if "micro_batch" not in config.train.model_fields_set:
-        batch = config.train.global_batch
-        config.train.micro_batch = max(size for size in range(1, 9) if batch % size == 0)
+        parallel = config.parallel
+        n_rows = config.train.global_batch // max(world_size // (parallel.tp * parallel.pp * parallel.cp), 1)
+        # A pipeline needs a micro-batch per stage; what cannot be had is refused by `validate`.
+        sizes = [n for n in range(1, 9) if n_rows and n_rows % n == 0 and n_rows // n % parallel.pp == 0]
+        config.train.micro_batch = max(sizes, default=1)
     if "min_lr" not in config.optim.model_fields_set:
         config.optim.min_lr = min(config.optim.min_lr, config.optim.lr / 10)
     if "warmup" not in config.optim.model_fields_set:

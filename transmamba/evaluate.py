@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,20 +50,26 @@ def held_out(stage: Stage, held: Held, transpoints: Sequence[int | float], n_tok
     The targets are those of training: every token but the first of a document and of the set, document ends
     included. Bytes are those of exactly these targets.
     """
-    stream = held.stream
+    stream, size, topology = held.stream, held.batches.micro_batch, held.batches.topology
     n_windows = stream.n_sequential_windows
     if n_tokens:
         n_windows = min(n_windows, math.ceil(n_tokens / stream.seq_len))
-    nll, weight, n_bytes = 0.0, 0.0, 0
-    was_training = stage.module.training
-    stage.module.eval()
+    nll, weight, n_bytes = 0.0, 0.0, 0.0
+    stage.train(False)
     with torch.no_grad():
-        for first in range(0, n_windows, held.batches.micro_batch):
-            windows = stream.sequential(first, min(held.batches.micro_batch, n_windows - first))
-            batch = held.batches.pack(windows, 0, len(windows.weight_BT), transpoints, total=1.0)
-            (report,) = run_schedule(stage, [batch], n_tokens=stream.seq_len, forward_only=True)
-            nll += report.item()
+        for turn in range(0, n_windows, size * topology.dp):
+            first = turn + topology.dp_rank * size
+            n_rows = min(size, n_windows - first)
+            # Every rank makes every pass, because ZeRO's ranks meet in it: one that has no rows left counts nothing.
+            windows = stream.sequential(first, n_rows) if n_rows > 0 else stream.sequential(0, 1)
+            windows = replace(windows, weight_BT=windows.weight_BT * (n_rows > 0))
+            n_rows = len(windows.weight_BT)
+            batch = held.batches.pack(windows, 0, n_rows, transpoints, total=1.0)
+            reports = run_schedule(stage, [batch], n_rows=n_rows, n_tokens=stream.seq_len, forward_only=True)
+            nll += sum(report.item() for report in reports)
             weight += float(windows.weight_BT.sum())
-            n_bytes += int((held.token_bytes[windows.tokens_BT[:, 1:]] * windows.weight_BT).sum())
-    stage.module.train(was_training)
+            n_bytes += float((held.token_bytes[windows.tokens_BT[:, 1:]] * windows.weight_BT).sum())
+    stage.train()
+    nll = float(topology.sum_tokens(torch.tensor(nll, dtype=torch.float64)))
+    weight, n_bytes = topology.sum_rows(torch.tensor([weight, n_bytes], dtype=torch.float64)).tolist()
     return HeldOut(nll / max(weight, 1.0), nll / math.log(2) / max(n_bytes, 1), int(weight))

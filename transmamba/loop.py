@@ -19,10 +19,13 @@ from transmamba.layer_stats import layer_stats
 from transmamba.metrics import Journal
 from transmamba.optimizer import learning_rate
 from transmamba.parallel.pipeline import run_schedule
+from transmamba.parallel.replicas import find_drift
+from transmamba.parallel.topology import Topology
 from transmamba.report import Report
-from transmamba.run import Run, fingerprint
+from transmamba.run import Run, fingerprint, named_weights
 from transmamba.stopping import StopRequest
 from transmamba.transpoint import effective_points
+from transmamba.watchdog import Heartbeat, Phase
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,22 @@ def train_step(run: Run, step: int) -> StepReport:
     Raises:
         RunError: the loss or the gradient norm is not finite (exit 20); nothing of this step is saved.
     """
-    batches = run.batches.of_step(step, effective_points(run.config, step))
-    losses = run_schedule(run.stage, batches, n_tokens=run.config.data.seq_len)
-    loss = float(torch.stack(losses).sum())
+    config, topology = run.config, run.topology
+    batches = run.batches.of_step(step, effective_points(config, step))
+    losses = run_schedule(run.stage, batches, n_rows=config.train.micro_batch, n_tokens=config.data.seq_len)
+    loss = float(topology.sum_tokens(sum(losses, torch.zeros((), device=topology.device)).double()))
     _must_be_finite("loss", loss, step)
-    lr = learning_rate(run.config, step + 1)
+    lr = learning_rate(config, step + 1)
     grad_norm = run.optimizer.step(lr)
     _must_be_finite("gradient norm", grad_norm, step)
-    return StepReport(step + 1, loss, grad_norm, lr, _past_transpoint(batches))
+    return StepReport(step + 1, loss, grad_norm, lr, _past_transpoint(batches, topology))
 
 
-def train_steps(run: Run, first: int, journal: Journal, report: Report, flops_per_token: float) -> int:
+def train_steps(
+    run: Run, first: int, journal: Journal, report: Report, heartbeat: Heartbeat, flops_per_token: float
+) -> int:
     """Run the steps from `first` (already done) to the end or until somebody asks to stop; returns the exit code."""
-    config, last = run.config, total_steps(run.config)
+    config, topology, last = run.config, run.topology, total_steps(run.config)
     meter = _Meter(run, flops_per_token, first)
     stop = StopRequest(run.folder)
     try:
@@ -62,23 +68,31 @@ def train_steps(run: Run, first: int, journal: Journal, report: Report, flops_pe
             for step in range(first, last):
                 done = step + 1
                 stats_every = config.train.layer_stats_every
-                watched = layer_stats(run.model.layers) if stats_every and done % stats_every == 0 else nullcontext()
+                is_watched = stats_every and done % stats_every == 0
+                watched = layer_stats(run.layers, config.model.n_layers, topology) if is_watched else nullcontext()
                 started = time.perf_counter()
+                heartbeat.beat(done, Phase.STEP)
                 with watched as layers:
                     trained = train_step(run, step)
                 record = meter.record(trained, time.perf_counter() - started)
                 if layers is not None:
                     record["layers"] = layers
+                check_every = config.train.replica_check_every
+                if check_every and done % check_every == 0:
+                    check_replicas(run, done, journal)
                 every = config.validation.every
                 if done == last or (every and done % every == 0):
+                    heartbeat.beat(done, Phase.VALIDATE)
                     record["validation"] = validate(run, done, report, is_last=done == last)
                 journal.metrics(record)
                 report.step(record, last, meter.left_s(last - done))
-                code = stop.code
+                code = topology.agree(stop.code or 0) or None
                 if done == last or code is not None or done % config.checkpoint.every == 0:
+                    heartbeat.beat(done, Phase.SAVE)
                     save(run, done, journal)
                 if code is not None and done < last:
-                    (run.folder / "STOP").unlink(missing_ok=True)
+                    if topology.is_first:
+                        (run.folder / "STOP").unlink(missing_ok=True)
                     journal.event("stop", cause=stop.cause, step=done)
                     return code
     finally:
@@ -114,10 +128,11 @@ def save(run: Run, step: int, journal: Journal) -> None:
         path = checkpoint.save(
             run.checkpoints,
             step,
-            resume.pieces(run.model, run.optimizer, step),
-            resume.record(run.config, step, data),
+            resume.pieces(run.chunks, run.optimizer, step, run.topology),
+            resume.record(run.config, step, data, run.topology),
+            run.topology,
         )
-        pruned = checkpoint.prune(run.checkpoints, run.config.checkpoint.keep)
+        pruned = checkpoint.prune(run.checkpoints, run.config.checkpoint.keep) if run.topology.is_first else []
     except (checkpoint.StorageError, OSError) as error:
         free = shutil.disk_usage(run.checkpoints).free
         raise RunError(
@@ -163,14 +178,32 @@ class _Meter:
         return self._mean_s * n_steps
 
 
-def _past_transpoint(batches: Sequence[MicroBatch]) -> list[float]:
+def check_replicas(run: Run, step: int, journal: Journal) -> None:
+    """Compare the weights that several ranks hold.
+
+    Raises:
+        RunError: they differ (exit 20); the line names ranks, weight and step.
+    """
+    drifts = find_drift(named_weights(run.chunks, run.config), run.topology)
+    found = sorted({(drift.name, *drift.ranks) for own in run.topology.collect(drifts) for drift in own})
+    if not found:
+        return
+    name, *ranks = found[0]
+    for drift in found:
+        journal.event("replica.mismatch", step=step, weight=drift[0], ranks=list(drift[1:]))
+    raise RunError(
+        EXIT_NON_FINITE,
+        f"train.replica_check_every: {name} differs on rank {', '.join(map(str, ranks))} at step {step} "
+        f"({len(found)} weights in all). Fix: look at these ranks' hardware, and resume from an older checkpoint",
+    )
+
+
+def _past_transpoint(batches: Sequence[MicroBatch], topology: Topology) -> list[float]:
     """Share of tokens with pos >= P per layer, from the boundaries on the host."""
     lengths = [length for batch in batches for _, _, length in batch.documents.spans()]
-    total = sum(lengths)
-    return [
-        round(sum(max(length - point, 0) for length in lengths) / total, 4) if point < math.inf else 0.0
-        for point in batches[0].transpoints
-    ]
+    past = [sum(max(length - min(point, length), 0) for length in lengths) for point in batches[0].transpoints]
+    *past, total = topology.sum_rows(torch.tensor([*past, sum(lengths)], dtype=torch.float64)).tolist()
+    return [round(n_tokens / total, 4) for n_tokens in past]
 
 
 def _must_be_finite(what: str, value: float, step: int) -> None:

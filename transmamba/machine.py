@@ -17,11 +17,13 @@ Precision = Literal["fp32", "bf16"]
 _PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def choose_threads(wanted: int | None) -> tuple[int, str]:
+def choose_threads(wanted: int | None, n_local_ranks: int = 1) -> tuple[int, str]:
     """CPU threads and the reason: cores that others leave free, because contended threads wait for each other."""
     cores = len(os.sched_getaffinity(0))
     if wanted is not None:
         return wanted, "as set"
+    if n_local_ranks > 1:
+        return max(1, cores // n_local_ranks), f"{cores} cores for {n_local_ranks} ranks"
     idle = _idle_cores()
     free = max(1, min(cores, round(idle)))
     if free == cores:

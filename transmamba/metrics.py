@@ -17,12 +17,16 @@ EVENTS = "events.jsonl"
 class Journal:
     """Append-only JSON lines of one run folder; every line is whole on disk when the call returns."""
 
-    def __init__(self, folder: Path, first_step: int):
-        """Continue the files of `folder`; metrics after `first_step` belong to steps that are done again."""
+    def __init__(self, folder: Path, first_step: int, *, is_writer: bool = True):
+        """Continue the files of `folder`; metrics after `first_step` belong to steps that are done again.
+
+        Of several ranks one is the writer; what the others say goes nowhere.
+        """
         self.folder = folder
-        _drop_later_steps(folder / METRICS, first_step)
-        self._metrics = _append(folder / METRICS)
-        self._events = _append(folder / EVENTS)
+        if is_writer:
+            _drop_later_steps(folder / METRICS, first_step)
+        self._metrics = _append(folder / METRICS if is_writer else Path(os.devnull))
+        self._events = _append(folder / EVENTS if is_writer else Path(os.devnull))
 
     def metrics(self, record: dict[str, Any]) -> None:
         """One optimizer step."""

@@ -1,6 +1,7 @@
 """Which weights decay, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -8,8 +9,8 @@ from transmamba.config import Config, total_steps
 from transmamba.transpoint import effective_points
 
 
-def decayed_names(module: nn.Module, config: Config) -> set[str]:
-    """Names of the parameters that weight decay shrinks: the matrices.
+def decayed_names(names: Mapping[str, nn.Parameter], config: Config) -> set[str]:
+    """Those of the parameters (by global name) that weight decay shrinks: the matrices.
 
     Not A_log, D, dt_bias, norms and biases (Mamba-2, Megatron), nor the scan's own projections z and dt of a layer
     whose TransPoint no token can pass: they get no gradient, and decay alone would wear them away.
@@ -23,9 +24,7 @@ def decayed_names(module: nn.Module, config: Config) -> set[str]:
         for name in ("z", "dt")
     }
     is_matrix = {
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.dim() > 1 and "norm" not in name and ".conv." not in name
+        name for name, parameter in names.items() if parameter.dim() > 1 and "norm" not in name and ".conv." not in name
     }
     return is_matrix - idle
 

@@ -32,9 +32,9 @@ def mamba2_peer(mixer: Mamba2Mixer, config: ModelConfig, chunk_size: int = 64) -
     )
     peer = modeling_mamba2.Mamba2Mixer(settings, layer_idx=0)
     weights = {
-        "in_proj.weight": torch.cat([mixer.z.weight, mixer.xbc.weight, mixer.dt.weight]),
-        "conv1d.weight": mixer.conv.weight[:, None],
-        "conv1d.bias": mixer.conv.bias,
+        "in_proj.weight": torch.cat([mixer.z.weight, stock_rows(mixer.xbc.weight, mixer), mixer.dt.weight]),
+        "conv1d.weight": stock_rows(mixer.conv.weight, mixer)[:, None],
+        "conv1d.bias": stock_rows(mixer.conv.bias, mixer),
         "dt_bias": mixer.dt_bias(),
         "A_log": mixer.A_log(),
         "D": mixer.D(),
@@ -43,6 +43,12 @@ def mamba2_peer(mixer: Mamba2Mixer, config: ModelConfig, chunk_size: int = 64) -
     }
     peer.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
     return peer
+
+
+def stock_rows(weight: Tensor, mixer: Mamba2Mixer) -> Tensor:
+    """Rows x, B, C of all groups, as published, from ours, which are grouped (see `Mamba2Mixer`)."""
+    sizes = [mixer.group_inner, mixer.state, mixer.state]
+    return torch.cat([part.flatten(0, 1) for part in weight.unflatten(0, (mixer.n_groups_local, -1)).split(sizes, 1)])
 
 
 def llama_peer(qkv_weight: Tensor, out_weight: Tensor, config: ModelConfig) -> nn.Module:

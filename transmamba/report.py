@@ -25,8 +25,8 @@ LINE_EVERY_S = 5.0  # without a terminal
 class Report:
     """Writes to standard output; a live bar on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    def __init__(self, console: Console | None = None, *, is_quiet: bool = False) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=is_quiet)
         self._progress: Progress | None = None
         self._task: Any = None
         self._last_line_at = 0.0
@@ -49,7 +49,7 @@ class Report:
     @contextmanager
     def steps(self, first: int, last: int) -> Iterator[None]:
         """Show progress from step `first` to `last` while the block runs."""
-        if not self.console.is_terminal:
+        if self.console.quiet or not self.console.is_terminal:
             yield
             return
         self._progress = Progress(

@@ -1,19 +1,21 @@
 """Continuing a run: which checkpoint, whether it belongs to this configuration, and what goes in and out of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from transmamba.checkpoint import Checkpoint, Piece, newest_valid, published
+from transmamba.checkpoint import Checkpoint, Piece, Shard, newest_valid, published, read
 from transmamba.config import Config, tokens_per_step
 from transmamba.errors import EXIT_CHECKPOINT_MISMATCH, EXIT_NO_VALID_CHECKPOINT, RunError
 from transmamba.machine import versions
 from transmamba.metrics import Journal
 from transmamba.model.norm import PerHead
 from transmamba.optimizer import learning_rate
+from transmamba.parallel.shards import Shards, global_shape
+from transmamba.parallel.topology import Topology
 from transmamba.parallel.zero import Optimizer
 from transmamba.transpoint import effective_points
 
@@ -24,22 +26,23 @@ MOVABLE = ("data.path",)
 ALLOWED_BY = {"data.seq_len": "seq_len", "transpoint": "transpoint"}
 
 
-def find_checkpoint(folder: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to continue from, and one line for every newer one that does not verify.
+def find_checkpoint(folder: Path, config: Config, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to continue from, the same on every rank, and one line for every newer one that does not verify.
 
     Raises:
         RunError: there are checkpoints and none of them verifies (exit 21).
     """
     if config.resume.mode == "never" or not published(folder):
         return None, []
-    checkpoint, rejected = newest_valid(folder)
-    if checkpoint is None:
+    checkpoint, rejected = newest_valid(folder) if topology.is_first else (None, [])
+    path, rejected = topology.share((checkpoint and checkpoint.path, rejected))
+    if path is None:
         raise RunError(
             EXIT_NO_VALID_CHECKPOINT,
             f"resume: none of the {len(rejected)} checkpoints in {folder} verifies ({rejected[0]}). "
             "Fix: restore one from a copy, or start anew with another run.dir",
         )
-    return checkpoint, rejected
+    return checkpoint or read(path), rejected
 
 
 def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> list[str]:
@@ -72,12 +75,18 @@ def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> l
     return differing
 
 
-def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> None:
-    """Fill weights, masters, moments and buffers from a checkpoint."""
+def restore(checkpoint: Checkpoint, chunks: Sequence[nn.Module], optimizer: Optimizer, shards: Shards) -> None:
+    """Fill this rank's weights, masters, moments and buffers from a checkpoint of any layout."""
+
+    def own_slice(name: str, kind: str, dim: int | None) -> Tensor:
+        whole = checkpoint.shaped(name, kind)
+        return whole if dim is None else whole.chunk(shards.tp, dim)[shards.tp_rank]
+
     with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(checkpoint.shaped(name, "buffer"))
-    optimizer.restore(checkpoint.tensors, checkpoint.step)
+        for chunk in chunks:
+            for name, buffer in chunk.named_buffers():
+                buffer.copy_(own_slice(name, "buffer", 0))
+    optimizer.restore(own_slice, checkpoint.step)
 
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
@@ -89,23 +98,32 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
             buffer.copy_(checkpoint.shaped(name, "buffer"))
 
 
-def pieces(module: nn.Module, optimizer: Optimizer, step: int) -> Iterator[Piece]:
-    """Everything that a checkpoint of `step` holds, slice by slice."""
-    masters: dict[str, torch.Tensor] = {}
-    for piece in optimizer.slices(step):
-        for kind, values in piece.views.items():
-            yield Piece(piece.name, kind, piece.shape, piece.start, values)
-        if piece.name.endswith(".offset"):
-            masters[piece.name] = piece.views["master"]
-    for name, buffer in module.named_buffers():
-        yield Piece(name, "buffer", tuple(buffer.shape), 0, buffer)
-    for name, part in module.named_modules():
-        if isinstance(part, PerHead):
-            total = part.start + masters[f"{name}.offset"]
-            yield Piece(name, "weight", tuple(total.shape), 0, total)
+def pieces(chunks: Sequence[nn.Module], optimizer: Optimizer, step: int, topology: Topology) -> Iterator[Piece]:
+    """This rank's part of a checkpoint of `step`: what no other rank writes."""
+    shards, is_sharded = topology.shards, optimizer.engine is not None
+    is_first_replica = topology.dp_rank == 0 and shards.cp_rank == 0
+    heads = {
+        f"{name}.offset": part for chunk in chunks for name, part in chunk.named_modules() if isinstance(part, PerHead)
+    }
+    for state in optimizer.slices(step):
+        is_elsewhere = state.is_copy or (state.dim is None and shards.tp_rank > 0)
+        if is_elsewhere or not (is_sharded or is_first_replica):
+            continue
+        shard = None if state.dim is None or shards.tp == 1 else Shard(state.dim, shards.tp_rank, shards.tp)
+        shape = global_shape(state.shape, state.dim, shards.tp)
+        for kind, values in state.views.items():
+            yield Piece(state.name, kind, shape, state.start, values, shard)
+        if state.name in heads:
+            offset = state.views["master"]
+            whole = heads[state.name].start.flatten()[state.start : state.start + offset.numel()] + offset
+            yield Piece(state.name.removesuffix(".offset"), "weight", shape, state.start, whole, shard)
+    for chunk in chunks if is_first_replica else ():
+        for name, buffer in chunk.named_buffers():
+            shard = None if shards.tp == 1 else Shard(0, shards.tp_rank, shards.tp)
+            yield Piece(name, "buffer", global_shape(buffer.shape, 0, shards.tp), 0, buffer, shard)
 
 
-def record(config: Config, step: int, data: dict[str, Any]) -> dict[str, Any]:
+def record(config: Config, step: int, data: dict[str, Any], topology: Topology) -> dict[str, Any]:
     """What the manifest says beside the tensors; `data` names the tokens and the position in them."""
     return {
         "config": config.model_dump(mode="json"),
@@ -117,6 +135,7 @@ def record(config: Config, step: int, data: dict[str, Any]) -> dict[str, Any]:
         },
         "random": {"seed": config.seed},  # weights and order are functions of it; there is no other state
         "threads": config.train.threads,
+        "world_size": topology.world_size,
         "versions": versions(),
     }
 

@@ -4,42 +4,55 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from transmamba.batches import Batches, MicroBatch
 from transmamba.compose import to_yaml
 from transmamba.config import Config, padded_vocab
+from transmamba.costs import logit_flops
 from transmamba.data_pipeline.manifest import Manifest
 from transmamba.data_pipeline.stream import Stream
 from transmamba.data_pipeline.tokenizer import load_tokenizer, token_bytes
 from transmamba.data_pipeline.tokens import TokenStore
 from transmamba.evaluate import Held
 from transmamba.machine import environment
+from transmamba.model.init import global_name
 from transmamba.model.model import Model
 from transmamba.optimizer import decayed_names
+from transmamba.parallel.gradients import mark_copy
 from transmamba.parallel.pipeline import Stage, StageOutput
+from transmamba.parallel.shards import WHOLE, Shards
 from transmamba.parallel.topology import Topology
 from transmamba.parallel.zero import Optimizer
+from transmamba.plan import make_plan
+from transmamba.stages import partition
 from transmamba.transpoint import layer_kinds
 
 
 @dataclass
 class Run:
-    """One run in one process."""
+    """One run, as one of its ranks sees it."""
 
     config: Config
     topology: Topology
     folder: Path
     manifest: Manifest
-    model: Model
+    chunks: list[Model]
     optimizer: Optimizer
     stage: Stage
     batches: Batches
     held: list[Held]
+
+    @property
+    def layers(self) -> dict[int, nn.Module]:
+        """The layers on this rank by number."""
+        return {int(index): layer for chunk in self.chunks for index, layer in chunk.layers.items()}
 
     @property
     def checkpoints(self) -> Path:
@@ -54,10 +67,9 @@ def build_run(config: Config, topology: Topology, folder: Path, manifests: dict[
         manifests: the training data under "train" and every validation set by name.
     """
     manifest = manifests["train"]
-    model = build_model(config, manifest.vocab_size)
-    model.to(topology.device)
-    optimizer = build_optimizer(model, config)
-    stage = build_stage(optimizer.module, config)
+    chunks = build_chunks(config, manifest.vocab_size, topology, stage_layers(config, manifest))
+    optimizer = build_optimizer(chunks, config, topology)
+    stage = build_stage(chunks, optimizer, config, topology)
 
     def batches_of(source: Manifest, split: str) -> Batches:
         stream = Stream(
@@ -66,56 +78,110 @@ def build_run(config: Config, topology: Topology, folder: Path, manifests: dict[
             seed=config.seed,
             shuffle_shards=config.data.shuffle_shards,
         )
-        return Batches(stream, config.data, config.train, topology.device)
+        return Batches(stream, config.data, config.train, topology)
 
     held = []
     for name, source in manifests.items():
         batches = batches_of(source, "validation")
         bytes_of = token_bytes(load_tokenizer(source.tokenizer_path))
         held.append(Held("validation" if name == "train" else name, batches.stream, batches, bytes_of))
-    return Run(config, topology, folder, manifest, model, optimizer, stage, batches_of(manifest, "train"), held)
+    return Run(config, topology, folder, manifest, chunks, optimizer, stage, batches_of(manifest, "train"), held)
 
 
 def build_model(config: Config, n_tokens_known: int) -> Model:
-    """The model of a configuration with its initial weights, in float32 on the CPU."""
+    """The whole model of a configuration with its initial weights, in float32 on the CPU."""
+    return _build(config, n_tokens_known, WHOLE, None)
+
+
+def build_chunks(config: Config, n_tokens_known: int, topology: Topology, layers: Sequence[range]) -> list[Model]:
+    """This rank's chunks, in the order in which a micro-batch meets them.
+
+    Args:
+        n_tokens_known: vocabulary of the tokenizer.
+        layers: of all chunks of the whole model; chunk i lives on pipeline rank i % pp (Megatron's interleaving).
+    """
+    own = layers[topology.pp_rank :: topology.pp]
+    return [_build(config, n_tokens_known, topology.shards, part).to(topology.device) for part in own]
+
+
+def _build(config: Config, n_tokens_known: int, shards: Shards, layers: range | None) -> Model:
     return Model(
         config.model,
         layer_kinds(config.model),
         n_tokens_known=n_tokens_known,
         n_rows=padded_vocab(config.model.vocab_size or n_tokens_known),
         seed=config.seed,
-        recompute=config.train.recompute == "full",
+        recompute=config.train.recompute,
+        shards=shards,
+        layers=layers,
     )
 
 
-def build_optimizer(model: Model, config: Config) -> Optimizer:
-    """AdamW over the model's weights, which it takes over, in the configured ZeRO stage and precision."""
+def stage_layers(config: Config, manifest: Manifest | None) -> list[range]:
+    """Layers of every chunk: neighbours whose costs at their TransPoints balance, the output projection included."""
+    plan = make_plan(config, manifest)
+    costs = [layer.forward_flops_per_token for layer in plan.layers]
+    n_chunks = config.parallel.pp * config.parallel.vpp
+    return partition(costs, n_chunks, last_extra=logit_flops(config.model, plan.vocab_rows))
+
+
+def named_weights(chunks: Sequence[Model], config: Config) -> dict[str, nn.Parameter]:
+    """This rank's parameters by global name."""
+    tied = config.model.tied
+    return {global_name(name, tied): weight for chunk in chunks for name, weight in chunk.named_parameters()}
+
+
+def build_optimizer(chunks: Sequence[Model], config: Config, topology: Topology) -> Optimizer:
+    """AdamW over the chunks' weights, which it takes over, in the configured ZeRO stage and precision."""
+    names = named_weights(chunks, config)
+    shared = None
+    if config.model.tied and topology.pp > 1 and (chunks[0].is_first or chunks[-1].is_last):
+        shared = names["embedding.weight"]
+        if chunks[-1].is_last:
+            mark_copy(shared)
     return Optimizer(
-        model,
-        decayed_names(model, config),
+        chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks),
+        names,
+        decayed_names(names, config),
         config.optim,
+        topology,
         stage=config.zero.stage,
         bf16=config.precision == "bf16",
         micro_batch=config.train.micro_batch,
+        shared=shared,
     )
 
 
-def build_stage(module: torch.nn.Module, config: Config) -> Stage:
-    """The model as a pipeline stage: a micro-batch in, its share of the step's loss out."""
+def build_stage(chunks: Sequence[Model], optimizer: Optimizer, config: Config, topology: Topology) -> Stage:
+    """The chunks as a pipeline stage: a micro-batch in, its share of the step's loss out."""
     z_loss = config.optim.z_loss
 
-    def forward(batch: MicroBatch) -> StageOutput:
-        sums = module(
-            batch.ids_BT, batch.targets_BT, batch.weight_BT, batch.transpoints, batch.documents, z_loss=z_loss
+    def forward(module: nn.Module, batch: MicroBatch, x_TBD: Tensor | None) -> StageOutput | Tensor:
+        output = module(
+            batch.ids_BT,
+            batch.targets_BT,
+            batch.weight_BT,
+            batch.transpoints,
+            batch.documents,
+            z_loss=z_loss,
+            x_TBD=x_TBD,
         )
-        return StageOutput(sums.loss, sums.nll)
+        return output if isinstance(output, Tensor) else StageOutput(output.loss, output.nll)
 
+    # Stages 2 and 3 follow the gradients by hooks on the engine's forward; they have no pipeline.
+    modules = [optimizer.module] if len(chunks) == 1 else chunks
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return Stage(module, forward, hidden_size=config.model.d_model, dtype=dtype)
+    return Stage(modules, forward, topology, config.parallel, hidden_size=config.model.d_model, dtype=dtype)
 
 
-def make_folder(config: Config) -> Path:
-    """Create the run folder (a fresh one under runs/ unless `run.dir` names it) and note who holds it."""
+def make_folder(config: Config, topology: Topology) -> Path:
+    """Create the run folder, a fresh one under runs/ unless `run.dir` names it, and note who holds it."""
+    folder = topology.on_first(lambda: _make_folder(config))
+    config.run.dir = str(folder)
+    return folder
+
+
+def _make_folder(config: Config) -> Path:
     if config.run.dir is None:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         folder = Path("runs") / f"{stamp}-{config.model.kind}"

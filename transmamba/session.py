@@ -7,11 +7,13 @@ import shutil
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from transmamba import resume
+from transmamba import resume, watchdog
 from transmamba.checkpoint import Checkpoint, published
 from transmamba.config import Config, total_steps
 from transmamba.data_pipeline.errors import DamagedData, DataError
@@ -35,69 +37,119 @@ from transmamba.validate_data import data_problems
 EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to save yet
 
 
+class Outcome:
+    """How the run ends, and the words for it."""
+
+    def __init__(self) -> None:
+        self.code, self.cause = EXIT_INTERNAL, "internal error"
+
+    def be(self, code: int, cause: str) -> None:
+        """Settle it."""
+        self.code, self.cause = code, cause
+
+    def blame(self, error: Exception) -> None:
+        """Settle it by an error, which is told where it happened: in one line if it is one of ours."""
+        if isinstance(error, RunError | DataError | ConfigError):
+            self.be(_code_of(error), _line_of(error))
+            print(self.cause, file=sys.stderr)
+        else:
+            self.be(EXIT_INTERNAL, traceback.format_exc())
+            traceback.print_exc()
+
+
 def train(config: Config) -> int:
     """Train a validated configuration, telling the screen and the run folder; returns the exit code."""
-    quieten_libraries()
-    report = Report()
-    topology = None
-    try:
-        manifests = _open_data(config, report)
-        topology = groups.start(config.parallel)
-        return _train_in(config, manifests, topology, report)
-    except (RunError, ConfigError, DataError) as error:
-        print(_line_of(error), file=sys.stderr)
-        return _code_of(error)
-    except KeyboardInterrupt:
-        print("transmamba: interrupted before the first step; there is nothing to save", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    finally:
-        if topology is not None:
-            groups.stop()
-
-
-def _train_in(config: Config, manifests: dict[str, Manifest], topology: Topology, report: Report) -> int:
-    """Everything up to here could refuse without leaving a trace; from the run folder on, all is on record."""
-    manifest = manifests["train"]
-    checkpoint, rejected, changed = None, [], []
-    if config.run.dir is not None:
-        checkpoint, rejected = resume.find_checkpoint(Path(config.run.dir) / "checkpoints", config)
-    threads_reason = settle_machine(config, topology, checkpoint)
-    if checkpoint is not None:
-        changed = resume.check_belongs(checkpoint, config, fingerprint(manifest))
-    folder = make_folder(config)
-    first = 0 if checkpoint is None else checkpoint.step
-    shutil.copyfile(manifest.tokenizer_path, folder / "tokenizer.json")
-    describe(config, folder, topology.device)
-    journal = Journal(folder, first)
-    feed = WandbFeed(folder, config.wandb)
-    code, cause = EXIT_INTERNAL, "internal error"
-    try:
-        resume.log_choice(journal, checkpoint, rejected, changed)
-        plan = make_plan(config, manifest)
-        _banner(report, config, folder, topology, threads_reason, manifest, plan, checkpoint)
-        run = build_run(config, topology, folder, manifests)
-        if checkpoint is not None:
-            resume.restore(checkpoint, run.model, run.optimizer)
-            checkpoint = None  # its tensors are as large as the whole training state
-        _show_sample(run, report, "before")
-        code = train_steps(run, first, journal, report, plan.training_flops_per_token)
-        cause = "done" if code == EXIT_DONE else "stopped"
+    outcome, report = Outcome(), Report(is_quiet=os.environ.get("RANK", "0") != "0")
+    with _answered(outcome), _opened(config, report, outcome) as (run, first, plan, journal, heartbeat):
+        code = train_steps(run, first, journal, report, heartbeat, plan.training_flops_per_token)
+        outcome.be(code, "done" if code == EXIT_DONE else "stopped")
         if code == EXIT_DONE:
             _show_sample(run, report, "after")
         _farewell(run, report, code)
-    except (RunError, DataError) as error:
-        code, cause = _code_of(error), _line_of(error)
-        print(cause, file=sys.stderr)
-    except Exception:
-        cause = traceback.format_exc()
-        traceback.print_exc()
+    return outcome.code
+
+
+@contextmanager
+def _answered(outcome: Outcome) -> Iterator[None]:
+    """Turn what goes wrong before there is a run folder into an exit code."""
+    quieten_libraries()
+    try:
+        yield
+    except (RunError, ConfigError, DataError) as error:
+        outcome.blame(error)
+    except KeyboardInterrupt:
+        print("transmamba: interrupted before the first step; there is nothing to save", file=sys.stderr)
+        outcome.be(EXIT_INTERRUPTED, "interrupted")
+
+
+@contextmanager
+def _opened(
+    config: Config, report: Report, outcome: Outcome
+) -> Iterator[tuple[Run, int, Plan, Journal, "watchdog.Heartbeat"]]:
+    """The run, ready for its first step; when the block ends, its last words.
+
+    Everything before the run folder exists may refuse without leaving a trace; from then on all is on record.
+    """
+    manifests = _open_data(config, report)
+    manifest = manifests["train"]
+    with groups.joined(config.parallel) as topology:
+        checkpoint, rejected = None, []
+        if config.run.dir is not None:
+            checkpoint, rejected = resume.find_checkpoint(Path(config.run.dir) / "checkpoints", config, topology)
+        threads_reason = settle_machine(config, topology, checkpoint)
+        changed = [] if checkpoint is None else resume.check_belongs(checkpoint, config, fingerprint(manifest))
+        folder = make_folder(config, topology)
+        first = 0 if checkpoint is None else checkpoint.step
+        with _recorded(config, folder, topology, manifest, first, outcome) as (journal, heartbeat):
+            resume.log_choice(journal, checkpoint, rejected, changed)
+            plan = make_plan(config, manifest)
+            _banner(report, config, folder, topology, threads_reason, manifest, plan, checkpoint)
+            run = build_run(config, topology, folder, manifests)
+            if checkpoint is not None:
+                resume.restore(checkpoint, run.chunks, run.optimizer, topology.shards)
+                checkpoint = None  # its tensors are as large as the whole training state
+            _show_sample(run, report, "before")
+            yield run, first, plan, journal, heartbeat
+
+
+@contextmanager
+def _recorded(
+    config: Config, folder: Path, topology: Topology, manifest: Manifest, first: int, outcome: Outcome
+) -> Iterator[tuple[Journal, "watchdog.Heartbeat"]]:
+    """Keep the run folder's records and the watchdog while the block runs, and say how it ended."""
+    if topology.is_first:
+        shutil.copyfile(manifest.tokenizer_path, folder / "tokenizer.json")
+        describe(config, folder, topology.device)
+    else:
+        _write_to(folder / "logs" / f"rank{topology.rank:05d}.log")
+    heartbeat = watchdog.start(folder, topology.rank, topology.world_size, config.watchdog.limit_s)
+    journal = Journal(folder, first, is_writer=topology.is_first)
+    feed = WandbFeed(folder, config.wandb) if topology.is_first else None
+    is_together = True
+    try:
+        yield journal, heartbeat
+    except Exception as error:
+        # Alike on all ranks, or on this one alone: then the watchdog ends those that wait for it.
+        is_together = isinstance(error, RunError)
+        outcome.blame(error)
     finally:
-        journal.event("exit", code=code, cause=cause)
+        journal.event("exit", code=outcome.code, cause=outcome.cause)
         journal.close()
-        feed.close()
-        _write_exit(folder, code, cause)
-        (folder / "lock.json").unlink(missing_ok=True)
-    return code
+        if feed is not None:
+            feed.close()
+        if topology.is_first:
+            _write_exit(folder, outcome.code, outcome.cause)
+            (folder / "lock.json").unlink(missing_ok=True)
+        if is_together or topology.world_size == 1:
+            heartbeat.done()
+
+
+def _write_to(log: Path) -> None:
+    """Send this rank's output to a file: the screen belongs to rank 0."""
+    with log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
 
 
 def _open_data(config: Config, report: Report) -> dict[str, Manifest]:
@@ -108,7 +160,7 @@ def _open_data(config: Config, report: Report) -> dict[str, Manifest]:
         DataError: it cannot be built.
     """
     if config.data.path is None:
-        config.data.path = str(default_corpus(progress=True))
+        config.data.path = str(default_corpus(progress=os.environ.get("LOCAL_RANK", "0") == "0"))
         problems = list(data_problems(config))
         if problems:
             raise ConfigError(problems)
@@ -117,12 +169,15 @@ def _open_data(config: Config, report: Report) -> dict[str, Manifest]:
 
 
 def settle_machine(config: Config, topology: Topology, checkpoint: Checkpoint | None) -> str:
-    """Fix threads and precision in the configuration; returns why so many threads.
+    """Fix threads and precision in the configuration, alike on all ranks; returns why so many threads.
 
     Sums are split by thread, so a resumed run takes the thread count it was saved with: same bits.
     """
-    saved = None if checkpoint is None else checkpoint.manifest["threads"]
-    threads, reason = choose_threads(config.train.threads or saved)
+    saved = None
+    if checkpoint is not None and checkpoint.manifest["world_size"] == topology.world_size:
+        saved = checkpoint.manifest["threads"]
+    n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads, reason = topology.on_first(lambda: choose_threads(config.train.threads or saved, n_local))
     if config.train.threads is None and saved is not None:
         reason = "as before the stop"
     config.train.threads = threads
@@ -142,10 +197,14 @@ def _banner(
     checkpoint: Checkpoint | None,
 ) -> None:
     train_split = manifest.splits["train"]
+    parallel = config.parallel
+    ranks = f"{topology.world_size}: tp {parallel.tp}{' with sp' if parallel.sp else ''} x cp {parallel.cp} x dp "
+    ranks += f"{topology.dp} x pp {parallel.pp}" + (f" in {parallel.vpp} chunks each" if parallel.vpp > 1 else "")
     report.facts(
         {
             "run folder": str(folder),
             "device": f"{describe_device(topology.device)}, {config.train.threads} threads ({threads_reason})",
+            **({"ranks": ranks} if topology.world_size > 1 else {}),
             "precision": f"{config.precision}, ZeRO stage {config.zero.stage}",
             "data": f"{config.data.path}: {train_split.n_tokens:,} tokens of {train_split.n_documents:,} documents",
             "start": "new" if checkpoint is None else f"continues {checkpoint.path.name}",
@@ -156,11 +215,11 @@ def _banner(
 
 def _show_sample(run: Run, report: Report, label: str) -> None:
     sample = run.config.sample
-    if not sample.prompt:
+    if not sample.prompt or run.topology.world_size > 1:  # decoding is for one process: `transmamba generate`
         return
     tokenizer = load_tokenizer(run.manifest.tokenizer_path)
     pieces = complete(
-        run.model,
+        run.chunks[0],
         tokenizer,
         sample.prompt,
         effective_points(run.config, total_steps(run.config)),
@@ -172,6 +231,8 @@ def _show_sample(run: Run, report: Report, label: str) -> None:
 
 def _farewell(run: Run, report: Report, code: int) -> None:
     """Where everything is, and what to type next."""
+    if not run.topology.is_first:
+        return
     picture = plot_loss(run.folder)
     newest = published(run.checkpoints)
     again = _again(run.folder)

@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load(sys.argv[1:] if argv is None else argv)
         validate(config, os.environ)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the other ranks have the same to say
+            print(error, file=sys.stderr)
         from transmamba.errors import EXIT_CONFIG
 
         return EXIT_CONFIG

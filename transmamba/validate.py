@@ -18,17 +18,8 @@ Problems = Iterator[Problem]
 _STARTED_BY = "start it with `transmamba launch` or torchrun, which set it, or unset it"
 
 # What this version does not do yet: key, whether it is asked for, what is missing, the fix.
-_ONE_PROCESS = "this version trains on one process"
 LIMITS: list[tuple[str, Callable[[Config, int], object], str, str]] = [
-    ("WORLD_SIZE", lambda c, world: world > 1, _ONE_PROCESS, "start one process"),
-    ("parallel.tp", lambda c, world: c.parallel.tp > 1, _ONE_PROCESS, "use parallel.tp=1"),
-    ("parallel.pp", lambda c, world: c.parallel.pp > 1, _ONE_PROCESS, "use parallel.pp=1"),
-    ("parallel.vpp", lambda c, world: c.parallel.vpp > 1, _ONE_PROCESS, "use parallel.vpp=1"),
-    ("parallel.cp", lambda c, world: c.parallel.cp > 1, _ONE_PROCESS, "use parallel.cp=1"),
-    ("parallel.sp", lambda c, world: c.parallel.sp, _ONE_PROCESS, "use parallel.sp=false"),
     ("data.blend", lambda c, world: c.data.blend, "weighted sources are not read yet", "use data.path alone"),
-    ("train.replica_check_every", lambda c, world: c.train.replica_check_every, _ONE_PROCESS, "use 0"),
-    ("watchdog.limit_s", lambda c, world: c.watchdog.limit_s, "there is no watchdog yet", "use null"),
 ]
 
 
@@ -251,6 +242,14 @@ def _parallel_problems(config: Config, world: int) -> Problems:
     if "mamba2" in kinds and model.ssm_groups % tp:
         fix = f"choose tp among {_divisors(model.ssm_groups)}, or more model.ssm_groups"
         yield Problem("parallel.tp", f"does not divide model.ssm_groups={model.ssm_groups}", tp, fix)
+    ssm_heads = model.ssm_expand * model.d_model // model.ssm_head_dim
+    shared = math.lcm(model.ssm_groups, tp * cp)
+    if "mamba2" in kinds and model.ssm_groups % tp == 0 and ssm_heads % shared:
+        what = f"the {ssm_heads} heads of mamba2 layers do not divide among {shared} parts (groups and tp x cp ranks)"
+        yield Problem("parallel.cp", what, cp, "choose a smaller cp, or a smaller model.ssm_head_dim")
+    if model.d_ff % tp:
+        fix = f"use {model.d_ff // tp * tp or tp} or {(model.d_ff // tp + 1) * tp}"
+        yield Problem("model.d_ff", f"not divisible by parallel.tp={tp}", model.d_ff, fix)
     if model.vocab_size is not None and padded_vocab(model.vocab_size) % tp:
         rows = math.lcm(128, tp)
         fix = f"use model.vocab_size={-(-model.vocab_size // rows) * rows}"
@@ -259,6 +258,8 @@ def _parallel_problems(config: Config, world: int) -> Problems:
     if config.data.seq_len % shards:
         fix = f"use a multiple of {shards}"
         yield Problem("data.seq_len", f"not divisible by its {shards} shards", config.data.seq_len, fix)
+    if parallel.vpp > 1 and pp == 1:
+        yield Problem("parallel.vpp", "needs parallel.pp of 2 or more", parallel.vpp, "use parallel.vpp=1 or pp=2")
     if parallel.sp and tp == 1:
         yield Problem("parallel.sp", "needs parallel.tp of 2 or more", True, "use parallel.sp=false or tp=2")
     stages = pp * parallel.vpp
@@ -276,10 +277,10 @@ def _parallel_problems(config: Config, world: int) -> Problems:
         fix = f"choose degrees whose product is one of {_divisors(world)}"
         yield Problem("parallel", what, tp * pp * cp, fix)
         return
-    yield from _batch_problems(train.global_batch, train.micro_batch, world // (tp * pp * cp), pp)
+    yield from _batch_problems(train.global_batch, train.micro_batch, world // (tp * pp * cp), pp, parallel.vpp)
 
 
-def _batch_problems(global_batch: int, micro_batch: int, dp: int, pp: int) -> Problems:
+def _batch_problems(global_batch: int, micro_batch: int, dp: int, pp: int, vpp: int) -> Problems:
     unit = dp * micro_batch
     if global_batch % unit:
         near = [size for size in (global_batch // unit * unit, -(-global_batch // unit) * unit) if size]
@@ -290,6 +291,11 @@ def _batch_problems(global_batch: int, micro_batch: int, dp: int, pp: int) -> Pr
         what = f"{global_batch // unit} micro-batches for {pp} pipeline stages"
         fix = f"use a train.micro_batch up to {global_batch // dp // pp or 1}, or a larger train.global_batch"
         yield Problem("train.micro_batch", what, micro_batch, fix)
+    elif vpp > 1 and global_batch // unit % pp:
+        what = f"{global_batch // unit} micro-batches, which parallel.vpp={vpp} needs in multiples of {pp} stages"
+        yield Problem(
+            "train.micro_batch", what, micro_batch, f"use another, so that their number is a multiple of {pp}"
+        )
 
 
 def _divisors(n: int) -> str:

@@ -88,7 +88,7 @@ def test_a_non_finite_gradient_is_never_saved(
 
     def poisoned(stage: Stage, *args: object, **kwargs: object) -> list[torch.Tensor]:
         if next(steps) == 5:
-            layer = next(module for name, module in stage.module.named_modules() if name.endswith("layers.1.norm"))
+            layer = next(module for name, module in stage.chunks[0].named_modules() if name.endswith("layers.1.norm"))
             layer.register_forward_hook(lambda _m, _i, out: out.register_hook(lambda g: g * math.inf) and None)
         return whole(stage, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 

@@ -22,7 +22,7 @@ def oracle_rows(mixer: TransMambaMixer, x_TBD: Tensor, transpoint: float, starts
 
 def oracle(mixer: TransMambaMixer, x_TD: Tensor, transpoint: float) -> Tensor:
     """One document: attention for t < P, the whole recurrence for t >= P, both from the same projections."""
-    n_heads, (width, activation, rope, theta) = mixer.n_heads, mixer.options
+    n_heads, (width, activation, rope, theta) = mixer.A_log.start.numel(), mixer.options
     weight, bias = mixer.conv.weight, mixer.conv.bias
     n_tokens, taps = x_TD.shape[0], weight.shape[1]
     streams = x_TD @ mixer.qkv.weight.T

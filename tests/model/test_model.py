@@ -25,7 +25,7 @@ def test_plan_counts_the_parameters_of_the_built_model(preset: str) -> None:
     plan = make_plan(config)
     model = build_model(config, plan.vocab_rows)
     assert sum(parameter.numel() for parameter in model.parameters()) == plan.parameters
-    for layer, planned in zip(model.layers, plan.layers, strict=True):
+    for layer, planned in zip(model.layers.values(), plan.layers, strict=True):
         assert sum(parameter.numel() for parameter in layer.parameters()) == planned.parameters
 
 

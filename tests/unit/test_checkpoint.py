@@ -73,7 +73,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
         lambda m: m["files"].clear(),
         lambda m: m["files"].update({"../elsewhere": {"bytes": 1, "sha256": ""}}),
         lambda m: m.update(step=8),
-        lambda m: m.update(format_version=2),
+        lambda m: m.update(format_version=1),
         lambda m: m.pop("slices"),
     ],
 )
@@ -107,7 +107,7 @@ def test_saving_twice_changes_nothing_and_a_damaged_one_is_set_aside(tmp_path: P
     assert (tmp_path / "quarantine" / "step-00000007-0" / file.name).read_bytes() == b"damaged"
 
 
-@pytest.mark.parametrize("name", ["state-00000.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", ["rank00000-00000.safetensors", "manifest.json"])
 def test_a_failed_write_publishes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 6)
     whole = checkpoint._write_durably

@@ -62,7 +62,7 @@ def names_that_decay(points: list[object], **transpoint: object) -> set[str]:
             "train": {"steps": 5},
         }
     )
-    return decayed_names(build_model(config, 100), config)
+    return decayed_names(dict(build_model(config, 100).named_parameters()), config)
 
 
 def test_matrices_decay_and_nothing_else() -> None:

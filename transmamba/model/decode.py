@@ -48,7 +48,7 @@ def prefill(model: Model, ids_BT: Tensor, transpoints: list[int | float]) -> tup
         Logits [B, E] of the next token, and the state to continue from.
     """
     documents = Documents.whole(ids_BT.shape[0], ids_BT.shape[1], ids_BT.device)
-    x_TBD = model.embedding(ids_BT.T)
+    x_TBD = model.embed(ids_BT)
     caches = []
     for layer, transpoint in zip(_layers(model), transpoints, strict=True):
         caches.append(_read_prompt(layer.mixer, layer.norm(x_TBD), transpoint, documents))
@@ -59,7 +59,7 @@ def prefill(model: Model, ids_BT: Tensor, transpoints: list[int | float]) -> tup
 @torch.no_grad()
 def step(model: Model, ids_B: Tensor, state: DecodeState) -> Tensor:
     """Read one more token per row; updates `state` and returns the logits [B, E] of the next one."""
-    x_TBD = model.embedding(ids_B)[None]
+    x_TBD = model.embed(ids_B[:, None])
     for layer, transpoint, cache in zip(_layers(model), state.transpoints, state.layers, strict=True):
         mixed = _step_mixer(layer.mixer, layer.norm(x_TBD), transpoint, cache, state.n_seen)
         x_TBD = layer.feed_forward(x_TBD + mixed)
@@ -68,7 +68,7 @@ def step(model: Model, ids_B: Tensor, state: DecodeState) -> Tensor:
 
 
 def _layers(model: Model) -> list[Layer]:
-    return [layer for layer in model.layers if isinstance(layer, Layer)]
+    return [layer for layer in model.layers.values() if isinstance(layer, Layer)]
 
 
 def _read_prompt(mixer: torch.nn.Module, x_TBD: Tensor, transpoint: int | float, documents: Documents) -> LayerCache:
@@ -159,7 +159,7 @@ def _step_mamba2(mixer: Mamba2Mixer, x_1BD: Tensor, cache: LayerCache) -> Tensor
         read.A_H,
         D_H=mixer.D(),
     )
-    return mixer.finish(y_BHV[None], x_1BD)
+    return mixer.finish(y_BHV[None].flatten(-2), x_1BD)
 
 
 def _attend(q_B1HN: Tensor, k_B1HN: Tensor, v_B1HV: Tensor, cache: LayerCache) -> Tensor:

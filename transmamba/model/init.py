@@ -2,11 +2,13 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from transmamba.config import ModelConfig
+from transmamba.parallel.shards import WHOLE, Shards, global_shape, shard_dim
 
 
 def generator(name: str, seed: int) -> torch.Generator:
@@ -46,7 +48,31 @@ def initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Ten
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, config: ModelConfig, seed: int, prefix: str = "") -> None:
-    """Fill every parameter and buffer of `module` in place; `prefix` is the global name of `module` itself."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        tensor.copy_(initial(prefix + name, tensor.shape, config, seed))
+def initialise(
+    module: nn.Module, config: ModelConfig, seed: int, prefix: str = "", shards: Shards = WHOLE, *, tied: bool = False
+) -> None:
+    """Fill every parameter and buffer of `module` in place with this rank's slices of the global tensors.
+
+    Args:
+        prefix: the global name of `module` itself.
+        shards: how its tensors are cut.
+        tied: the output projection is the embedding, also where a stage holds a copy of its own.
+    """
+    for name, tensor, dim in named_slices(module):
+        whole_name = global_name(prefix + name, tied)
+        whole = initial(whole_name, global_shape(tensor.shape, dim, shards.tp), config, seed)
+        tensor.copy_(whole if dim is None else whole.chunk(shards.tp, dim)[shards.tp_rank])
+
+
+def named_slices(module: nn.Module) -> Iterator[tuple[str, Tensor, int | None]]:
+    """Parameters and buffers by name, with the dimension along which each is cut over tp."""
+    dims = {name: shard_dim(parameter) for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        yield name, parameter, dims[name]
+    for name, buffer in module.named_buffers():
+        yield name, buffer, dims[name.removesuffix("start") + "offset"]  # all buffers are `PerHead.start`
+
+
+def global_name(name: str, tied: bool) -> str:
+    """Name of the tensor in the whole model: a stage's copy of the tied embedding is the embedding."""
+    return "embedding.weight" if tied and name == "head.weight" else name

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from transmamba.config import ModelConfig
 from transmamba.kernels.documents import Documents
 from transmamba.model.attention import AttentionMixer
+from transmamba.model.linear import GateUp, RowLinear
 from transmamba.model.mamba2 import Mamba2Mixer
 from transmamba.model.mixer import TransMambaMixer
 from transmamba.model.norm import RMSNorm
+from transmamba.parallel.shards import WHOLE, Shards
 
 MIXERS = {"transmamba": TransMambaMixer, "transformer": AttentionMixer, "mamba2": Mamba2Mixer}
 
@@ -17,27 +19,28 @@ MIXERS = {"transmamba": TransMambaMixer, "transformer": AttentionMixer, "mamba2"
 class FeedForward(nn.Module):
     """SwiGLU without biases."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, shards: Shards):
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.shards = shards
+        self.gate_up = GateUp(config.d_model, config.d_ff, shards)
+        self.down = RowLinear(config.d_ff, config.d_model, shards)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_TBD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        gate_TBF, up_TBF = self.gate_up(self.shards.gather_tokens(x_TBD))
+        return self.down(F.silu(gate_TBF) * up_TBF)
 
 
 class Layer(nn.Module):
     """A mixer and, unless d_ff is 0, a feed-forward network, each behind its norm."""
 
-    def __init__(self, config: ModelConfig, kind: str):
+    def __init__(self, config: ModelConfig, kind: str, shards: Shards = WHOLE, recompute_mixing: bool = False):
         super().__init__()
         self.kind = kind
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = MIXERS[kind](config)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, shards)
+        self.mixer = MIXERS[kind](config, shards, recompute_mixing)
         has_ffn = config.d_ff > 0
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps) if has_ffn else None
-        self.ffn = FeedForward(config) if has_ffn else None
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, shards) if has_ffn else None
+        self.ffn = FeedForward(config, shards) if has_ffn else None
 
     def forward(self, x_TBD: Tensor, transpoint: int | float, documents: Documents) -> Tensor:
         x_TBD = x_TBD + self.mixer(self.norm(x_TBD), transpoint, documents)

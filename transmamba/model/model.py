@@ -1,30 +1,37 @@
-"""The language model: embedding, layers, head and loss."""
+"""The language model, whole or one pipeline stage of it: embedding, layers, head and loss."""
 # B batch, T tokens, D model width, E vocabulary entries.
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from transmamba.config import ModelConfig
 from transmamba.kernels.documents import Documents
 from transmamba.model.init import initialise
 from transmamba.model.layer import Layer
+from transmamba.model.linear import column_linear
 from transmamba.model.norm import RMSNorm
+from transmamba.model.recompute import run_or_recompute
+from transmamba.parallel.loss import vocab_cross_entropy
+from transmamba.parallel.shards import WHOLE, Shards
 
 
 class LossSums(NamedTuple):
-    """Sums over the tokens of a micro-batch; the caller divides by the step's weight."""
+    """Sums over this rank's tokens of a micro-batch; the caller divides by the step's weight."""
 
     loss: Tensor  # weighted negative log-likelihood in nats, plus the z-loss
     nll: Tensor  # weighted negative log-likelihood in nats
 
 
 class Model(nn.Module):
-    """Token ids to logits. `layer_kinds` names each layer's kind; TransPoints arrive with every call."""
+    """Token ids to logits. `layer_kinds` names each layer's kind; TransPoints arrive with every call.
+
+    A stage holds the layers numbered `layers`; the first stage embeds, the last one ends in the loss. Parameters bear
+    the names they have in the whole model. Sizes are global, `shards` says which part of them is here.
+    """
 
     def __init__(
         self,
@@ -34,28 +41,40 @@ class Model(nn.Module):
         n_tokens_known: int,
         n_rows: int,
         seed: int | None,
-        recompute: bool = False,
+        recompute: Literal["none", "selective", "full"] = "none",
+        shards: Shards = WHOLE,
+        layers: range | None = None,
     ):
         """Build and initialise.
 
         Args:
             config: sizes and switches.
-            layer_kinds: "transmamba", "transformer" or "mamba2" per layer.
+            layer_kinds: "transmamba", "transformer" or "mamba2" per layer of the whole model.
             n_tokens_known: vocabulary of the tokenizer; logits of the padding rows beyond it are -inf.
             n_rows: embedding rows, at least `n_tokens_known`.
             seed: of the initial weights; None leaves them as they are (meta tensors, or values to be loaded).
-            recompute: run every layer's forward again in the backward pass instead of keeping its activations.
+            recompute: compute again in the backward instead of keeping activations: of the mixing (selective) or
+                of the whole layer (full).
+            shards: how layers are cut over ranks.
+            layers: the stage's layers; None for all.
         """
         super().__init__()
-        self.n_tokens_known, self.recompute = n_tokens_known, recompute
-        self.embedding = nn.Embedding(n_rows, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in layer_kinds)
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, n_rows, bias=False)
-        if config.tied:
-            self.head.weight = self.embedding.weight
+        layers = range(len(layer_kinds)) if layers is None else layers
+        self.shards, self.recompute_layers = shards, recompute == "full"
+        self.n_known_local = min(max(n_tokens_known - shards.tp_rank * shards.local(n_rows), 0), shards.local(n_rows))
+        self.is_first, self.is_last = layers.start == 0, layers.stop == len(layer_kinds)
+        if self.is_first:
+            self.embedding = shards.split(nn.Embedding(shards.local(n_rows), config.d_model))
+        self.layers = nn.ModuleDict(
+            {str(index): Layer(config, layer_kinds[index], shards, recompute == "selective") for index in layers}
+        )
+        if self.is_last:
+            self.final_norm = RMSNorm(config.d_model, config.norm_eps, shards)
+            self.head = column_linear(config.d_model, n_rows, shards)
+            if config.tied and self.is_first:
+                self.head.weight = self.embedding.weight
         if seed is not None:
-            initialise(self, config, seed)
+            initialise(self, config, seed, shards=shards, tied=config.tied)
 
     def forward(
         self,
@@ -65,31 +84,61 @@ class Model(nn.Module):
         transpoints: Sequence[int | float],
         documents: Documents,
         z_loss: float = 0.0,
-    ) -> LossSums:
-        """Weighted sums of the negative log-likelihood and of the z-loss (PaLM, section 5) over a micro-batch."""
-        logits_TBE = self.predict(ids_BT, transpoints, documents)
-        logits_TBE = logits_TBE.to(torch.promote_types(logits_TBE.dtype, torch.float32))
-        nll_T = F.cross_entropy(logits_TBE.flatten(0, 1), targets_BT.T.flatten(), reduction="none")
-        weight_T = weight_BT.T.flatten()
-        nll = (nll_T * weight_T).sum()
+        x_TBD: Tensor | None = None,
+    ) -> LossSums | Tensor:
+        """Run the stage over a micro-batch.
+
+        Args:
+            ids_BT, targets_BT, weight_BT: this context-parallel rank's tokens.
+            transpoints: of all layers of the whole model.
+            documents: boundaries in the whole window.
+            z_loss: weight of the squared log-partition (PaLM, section 5).
+            x_TBD: what the stage before sends; None on the first.
+
+        Returns:
+            The hidden states for the next stage, or on the last one the sums of the loss.
+        """
+        x_TBD = self.hidden(ids_BT, transpoints, documents, x_TBD)
+        if not self.is_last:
+            return x_TBD
+        logits_TBE = self.logits(x_TBD)
+        nll_TB, log_partition_TB = vocab_cross_entropy(logits_TBE, targets_BT.T, self.shards)
+        nll = (nll_TB * weight_BT.T).sum()
         if z_loss == 0:
             return LossSums(nll, nll.detach())
-        log_partition_T = logits_TBE.flatten(0, 1).logsumexp(-1)
-        return LossSums(nll + z_loss * (log_partition_T.square() * weight_T).sum(), nll.detach())
+        return LossSums(nll + z_loss * (log_partition_TB.square() * weight_BT.T).sum(), nll.detach())
 
     def predict(self, ids_BT: Tensor, transpoints: Sequence[int | float], documents: Documents) -> Tensor:
-        """Logits [T, B, E] of every token's successor."""
-        x_TBD = self.embedding(ids_BT.T)
-        for layer, transpoint in zip(self.layers, transpoints, strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                x_TBD = checkpoint(layer, x_TBD, transpoint, documents, use_reentrant=False)
-            else:
-                x_TBD = layer(x_TBD, transpoint, documents)
-        return self.logits(x_TBD)
+        """Logits [T, B, E] of every token's successor, of a model that is one stage."""
+        return self.logits(self.hidden(ids_BT, transpoints, documents))
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        transpoints: Sequence[int | float],
+        documents: Documents,
+        x_TBD: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states after the stage's layers."""
+        if x_TBD is None:
+            x_TBD = self.embed(ids_BT)
+        for index, layer in self.layers.items():
+            x_TBD = run_or_recompute(self.recompute_layers, layer, x_TBD, transpoints[int(index)], documents)
+        return x_TBD
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Embeddings of tokens, sequence first; every tp rank looks up the rows it holds."""
+        ids_TB = ids_BT.T
+        if self.shards.tp == 1:
+            return self.embedding(ids_TB)
+        rows_TB = ids_TB - self.shards.tp_rank * self.embedding.num_embeddings
+        is_here_TB = (rows_TB >= 0) & (rows_TB < self.embedding.num_embeddings)
+        part_TBD = F.embedding(rows_TB.where(is_here_TB, 0), self.embedding.weight) * is_here_TB[..., None]
+        return self.shards.sum_partial(part_TBD)
 
     def logits(self, x_TBD: Tensor) -> Tensor:
-        """Logits of the final hidden states; entries that no token has are -inf."""
-        logits_TBE = self.head(self.final_norm(x_TBD))
-        if self.n_tokens_known < logits_TBE.shape[-1]:  # the write costs a copy of the gradient, even of nothing
-            logits_TBE[..., self.n_tokens_known :] = -torch.inf
+        """Logits of the final hidden states, this rank's entries; those that no token has are -inf."""
+        logits_TBE = self.head(self.shards.gather_tokens(self.final_norm(x_TBD)))
+        if self.n_known_local < logits_TBE.shape[-1]:  # the write costs a copy of the gradient, even of nothing
+            logits_TBE[..., self.n_known_local :] = -torch.inf
         return logits_TBE

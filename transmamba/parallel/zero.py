@@ -1,7 +1,7 @@
 """The optimiser and its state: DeepSpeed ZeRO behind one door, plain AdamW as its oracle."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from transmamba.config import OptimConfig
-from transmamba.parallel.topology import Mpu
+from transmamba.parallel.gradients import average_gradients, clip_gradients, gradient_norm, is_copy, sum_between_stages
+from transmamba.parallel.shards import shard_dim
+from transmamba.parallel.topology import Mpu, Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class StateSlice:
-    """A contiguous piece of a flattened global tensor's training state, as live views."""
+    """A contiguous piece of the training state of this rank's flattened tensor, as live views."""
 
-    name: str
-    shape: tuple[int, ...]
+    name: str  # of the global tensor
+    shape: tuple[int, ...]  # of this rank's tensor: a slice of the global one along `dim`, or all of it
+    dim: int | None
+    is_copy: bool  # another pipeline stage holds it too
     start: int
     views: dict[str, Tensor]  # "master" and the two moments, float32
 
@@ -31,25 +35,31 @@ class Optimizer:
     def __init__(
         self,
         module: nn.Module,
+        names: Mapping[str, nn.Parameter],
         decayed: set[str],
         config: OptimConfig,
+        topology: Topology,
         *,
         stage: int,
         bf16: bool,
         micro_batch: int,
+        shared: nn.Parameter | None = None,
     ):
         """Take over `module`'s parameters.
 
         Args:
             module: holds the weights in float32; with `bf16` they are cast, and the masters keep the float32 values.
-            decayed: names of the parameters that weight decay shrinks.
+            names: its parameters by global name.
+            decayed: names of those that weight decay shrinks.
             config: learning rate, moments, clipping.
             stage: 0 is torch's AdamW in fp32, without DeepSpeed; 1 to 3 are ZeRO's.
             bf16: weights and activations in bf16, gradients accumulated in fp32.
             micro_batch: rows per forward pass.
+            shared: the weight that the first and the last pipeline stage both hold, if this is one of them.
         """
-        self.names = {id(parameter): name for name, parameter in module.named_parameters()}
-        parameters = dict(module.named_parameters())
+        self.names = {id(parameter): name for name, parameter in names.items()}
+        self.topology, self.shared = topology, shared
+        parameters = dict(names)
         groups = [
             {
                 "params": [p for n, p in parameters.items() if n in decayed],
@@ -79,13 +89,17 @@ class Optimizer:
         """Clip, update and clear the gradients; returns the gradient norm before clipping."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
+        if self.shared is not None:
+            sum_between_stages(self.shared)
         if self.engine is not None:
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip if self.clip is not None else float("inf"))
+        average_gradients(self.parameters, self.topology)
+        norm = gradient_norm(self.parameters, self.topology)
+        clip_gradients(self.parameters, norm, self.clip)
         self.adamw.step()
         self.adamw.zero_grad()
-        return float(norm)
+        return norm
 
     def slices(self, step: int) -> Iterator[StateSlice]:
         """This rank's pieces of the training state after `step` updates; moments are made if there are none yet."""
@@ -105,16 +119,20 @@ class Optimizer:
             views = {key: state[key].narrow(0, offset, length) for key in MOMENTS}
             views["master"] = flats[group].detach().narrow(0, offset, length)
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            yield StateSlice(self.names[id(parameter)], shape, start, views)
+            name, copy = self.names[id(parameter)], is_copy(parameter)
+            yield StateSlice(name, shape, shard_dim(parameter), copy, start, views)
 
     @torch.no_grad()
-    def restore(self, values: dict[tuple[str, str], Tensor], step: int) -> None:
-        """Fill the state from whole flattened tensors, keyed (name, "master" | "exp_avg" | "exp_avg_sq")."""
+    def restore(self, values: Callable[[str, str, int | None], Tensor], step: int) -> None:
+        """Fill the state; `values(name, kind, dim)` is this rank's slice along `dim` of a global tensor.
+
+        Kinds are "master", "exp_avg" and "exp_avg_sq".
+        """
         if self.engine is not None and _is_stage3(self.engine.optimizer):
             self.engine.optimizer.checkpoint_event_prologue()
         for piece in self.slices(step):
             for kind, view in piece.views.items():
-                view.copy_(values[piece.name, kind][piece.start : piece.start + view.numel()])
+                view.copy_(values(piece.name, kind, piece.dim).flatten()[piece.start : piece.start + view.numel()])
         self._refresh_weights()
 
     def _fill_masters(self, masters: dict[str, Tensor]) -> None:
@@ -131,7 +149,8 @@ class Optimizer:
             _ensure_moments(state, parameter, step)
             views = {key: state[key].view(-1) for key in MOMENTS}
             views["master"] = parameter.detach().view(-1)
-            yield StateSlice(self.names[id(parameter)], tuple(parameter.shape), 0, views)
+            name, shape, dim = self.names[id(parameter)], tuple(parameter.shape), shard_dim(parameter)
+            yield StateSlice(name, shape, dim, is_copy(parameter), 0, views)
 
     def _refresh_weights(self) -> None:
         """Copy the masters into the model's weights (never the other way round: that would round the masters)."""
