@@ -17,10 +17,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data = typer.Typer(help="Make training data from text.", no_args_is_help=True)
+runs = typer.Typer(help="Look at runs.", no_args_is_help=True)
 bench = typer.Typer(help="Measure, after checking that the numbers are right.", no_args_is_help=True)
 checkpoint = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(runs, name="runs")
 app.add_typer(bench, name="bench")
 
 RunDir = Annotated[Path, typer.Argument(help="A run folder")]
@@ -52,6 +54,17 @@ def generate(
             print(piece, end="", flush=True)
 
     _answer(run)
+
+
+@runs.command()
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run folders; the others are compared with the first")],
+    out: Annotated[Path, typer.Option(help="The picture")] = Path("compare.png"),
+) -> None:
+    """Draw the losses of several runs over each other, and say how far apart they are."""
+    from transmamba.plot import compare_losses
+
+    _answer(lambda: print("\n".join([*compare_losses(run_dirs, out), f"drawn to {out}"])))
 
 
 @data.command()

@@ -1,7 +1,9 @@
-"""loss.png: the training and validation losses of a run."""
+"""Pictures of losses: loss.png of one run, and several runs in one picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from transmamba.errors import ConfigError, Problem
 from transmamba.metrics import read_metrics
 
 
@@ -28,6 +30,44 @@ def plot_loss(folder: Path) -> Path | None:
     path = folder / "loss.png"
     figure.savefig(path, dpi=130)
     return path
+
+
+def compare_losses(folders: Sequence[Path], out: Path) -> list[str]:
+    """Draw the runs' training losses over each other, and below how far each is from the first.
+
+    Returns:
+        One line per run but the first: its largest and its last difference, in nats, over the steps both have.
+
+    Raises:
+        ConfigError: a folder has no recorded step, or no step in common with the first.
+    """
+    from matplotlib.figure import Figure
+
+    runs = [{record["step"]: record["loss"] for record in read_metrics(folder)} for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        if not run.keys() & runs[0].keys():
+            raise ConfigError([Problem("RUN_DIR", "no step in common with the first", folder, "give run folders")])
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    lines = []
+    for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
+        width = 3.5 if number == 0 else 1.2  # the first shows through below the others
+        above.plot(list(run), list(run.values()), f"C{number}", linewidth=width, alpha=0.8, label=folder.name)
+        if number == 0:
+            continue
+        steps = sorted(run.keys() & runs[0].keys())
+        apart = [abs(run[step] - runs[0][step]) for step in steps]
+        below.semilogy(steps, [max(value, 1e-9) for value in apart], f"C{number}", linewidth=1)
+        lines.append(
+            f"{folder.name}: at most {max(apart):.1e} nats from {folders[0].name}, {apart[-1]:.1e} at step {steps[-1]}"
+        )
+    above.set(ylabel="loss (nats per token)")
+    above.legend(frameon=False)
+    below.set(xlabel="step", ylabel="difference (nats)")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=130)
+    return lines
 
 
 def _smooth(values: list[float], decay: float = 0.9) -> list[float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["megatron.core.pipeline_parallel.schedules", "deepspeed", "transmamba.run", "tests.parity.rig"]
+PRELOAD = ["megatron.core.pipeline_parallel.schedules", "deepspeed", "transmamba.session", "tests.parity.rig"]
 
 
 def run(world_size: int, function: Callable[..., Any], *args: Any, limit_s: float = 240.0) -> list[Any]:

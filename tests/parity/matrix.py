@@ -40,6 +40,7 @@ _UNTIED = {"model__tied": False}
 
 LAYOUTS = [
     row(2, "tp2", tp=2, quick=True),
+    row(2, "tp2 zero0", tp=2, zero__stage=0, quick=True),
     row(4, "tp4", tp=4),
     row(2, "tp2 sp", tp=2, sp=True, quick=True),
     row(4, "tp4 sp", tp=4, sp=True),

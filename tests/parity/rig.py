@@ -1,18 +1,19 @@
 """A small model trained for a few steps on random packed rows, in any layout, precision and ZeRO stage."""
-# B rows, T tokens.
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from transmamba import resume
-from transmamba.batches import MicroBatch
+from transmamba import checkpoint, resume
+from transmamba.batches import Batches
 from transmamba.checkpoint import Piece, assemble
 from transmamba.config import Config
-from transmamba.kernels.documents import Documents
+from transmamba.data_pipeline.stream import Windows
 from transmamba.optimizer import learning_rate
 from transmamba.parallel.pipeline import run_schedule
 from transmamba.parallel.topology import Topology
@@ -82,51 +83,77 @@ def config_of(**options: object) -> Config:
     return Config.model_validate(values)
 
 
-def batches_of(config: Config, step: int, topology: Topology) -> list[MicroBatch]:
-    """This rank's part of the same global batch however it is cut; rows carry unequal weights."""
-    draw = torch.Generator().manual_seed(100 + step)
-    ids = torch.randint(0, VOCAB, (ROWS, TOKENS + 1), generator=draw)
-    weight = (torch.rand(ROWS, TOKENS, generator=draw) > torch.linspace(0.0, 0.8, ROWS)[:, None]).float()
-    starts = [[0, 3 + row, 21 + row] for row in range(ROWS)]
-    size, n_local = config.train.micro_batch, ROWS // topology.dp
-    own = topology.shards.own_tokens
-    first_row = topology.dp_rank * n_local
-    return [
-        MicroBatch(
-            own(ids[first : first + size, :-1]),
-            own(ids[first : first + size, 1:]),
-            own(weight[first : first + size] / weight.sum()),
-            Documents.from_starts(starts[first : first + size], TOKENS)
-            if config.data.document_mask
-            else Documents.whole(size, TOKENS),
-            effective_points(config, step),
+class RandomRows:
+    """Stands in for the stream of a corpus: row k is the same whoever asks for it; rows carry unequal weights."""
+
+    seq_len = TOKENS
+
+    def rows(self, first: int, count: int) -> Windows:
+        """Rows `first` to `first + count` of the global order."""
+        parts = [self._row(index) for index in range(first, first + count)]
+        return Windows(
+            np.stack([tokens for tokens, _, _ in parts]),
+            [starts for _, starts, _ in parts],
+            np.stack([weight for _, _, weight in parts]),
         )
-        for first in range(first_row, first_row + n_local, size)
-    ]
+
+    def _row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        draw, place = np.random.default_rng(index), index % ROWS
+        weight = draw.random(TOKENS) > 0.1 * place
+        return draw.integers(0, VOCAB, TOKENS + 1), np.array([0, 3 + place, 21 + place]), weight.astype(np.float32)
+
+
+def batches_of(config: Config, topology: Topology) -> Batches:
+    """This rank's part of the same global batches however they are cut."""
+    return Batches(RandomRows(), config.data, config.train, topology)  # pyright: ignore[reportArgumentType]
+
+
+class Job:
+    """The model, its optimiser and its data on one rank."""
+
+    def __init__(self, config: Config, topology: Topology):
+        self.config, self.topology = config, topology
+        n_chunks = config.parallel.pp * config.parallel.vpp
+        layers = partition(LAYER_COSTS[: config.model.n_layers], n_chunks, last_extra=0.3)
+        self.chunks = build_chunks(config, VOCAB, topology, layers)
+        self.optimizer = build_optimizer(self.chunks, config, topology)
+        self.stage = build_stage(self.chunks, self.optimizer, config, topology)
+        self.batches = batches_of(config, topology)
+        self.trained = Trained()
+
+    def step(self, step: int) -> None:
+        """One optimizer step, counted from 0."""
+        config, topology = self.config, self.topology
+        micro_batches = self.batches.of_step(step, effective_points(config, step))
+        losses = run_schedule(self.stage, micro_batches, n_rows=config.train.micro_batch, n_tokens=TOKENS)
+        self.trained.losses.append(float(topology.sum_tokens(sum(losses, torch.zeros(())).double())))
+        self.trained.norms.append(self.optimizer.step(learning_rate(config, step + 1)))
+
+    def keep(self, kind: str, step: int) -> None:
+        """Keep this rank's pieces of one kind as they are after `step` steps."""
+        pieces = resume.pieces(self.chunks, self.optimizer, step, self.topology)
+        self.trained.pieces += [p._replace(values=p.values.clone()) for p in pieces if p.kind == kind]
+
+    def save(self, folder: Path, step: int) -> None:
+        """Publish a checkpoint of `step`, all ranks together."""
+        pieces = resume.pieces(self.chunks, self.optimizer, step, self.topology)
+        checkpoint.save(folder, step, pieces, {}, self.topology)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Continue from a checkpoint of any layout."""
+        saved = checkpoint.read(checkpoint.directory_of(folder, step))
+        resume.restore(saved, self.chunks, self.optimizer, self.topology.shards)
 
 
 def train(config: Config, topology: Topology, n_steps: int = 6) -> Trained:
     """Train from the seed's weights; returns this rank's part."""
-    n_chunks = config.parallel.pp * config.parallel.vpp
-    layers = partition(LAYER_COSTS[: config.model.n_layers], n_chunks, last_extra=0.3)
-    chunks = build_chunks(config, VOCAB, topology, layers)
-    optimizer = build_optimizer(chunks, config, topology)
-    stage = build_stage(chunks, optimizer, config, topology)
-    trained = Trained()
-
-    def keep(kind: str, step: int) -> None:
-        pieces = resume.pieces(chunks, optimizer, step, topology)
-        trained.pieces += [piece._replace(values=piece.values.clone()) for piece in pieces if piece.kind == kind]
-
+    job = Job(config, topology)
     for step in range(n_steps):
-        batches = batches_of(config, step, topology)
-        losses = run_schedule(stage, batches, n_rows=config.train.micro_batch, n_tokens=TOKENS)
-        trained.losses.append(float(topology.sum_tokens(sum(losses, torch.zeros(())).double())))
-        trained.norms.append(optimizer.step(learning_rate(config, step + 1)))
+        job.step(step)
         if step == 0:
-            keep("exp_avg", 1)
-    keep("master", n_steps)
-    return trained
+            job.keep("exp_avg", 1)
+    job.keep("master", n_steps)
+    return job.trained
 
 
 def merge(ranks: Sequence[Trained]) -> Trained:

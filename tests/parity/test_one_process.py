@@ -69,4 +69,3 @@ def test_bf16_masters_start_from_the_float32_weights(topology: Topology) -> None
 def test_every_kind_trains_alike_under_zero(topology: Topology, kind: str) -> None:
     plain, zero = (train(config_of(model__kind=kind, zero__stage=stage), topology) for stage in (0, 1))
     assert_same(zero, plain, 1e-6)
-    assert zero.losses[-1] < zero.losses[0]

@@ -1,0 +1,135 @@
+"""What forked ranks do to show what they send: a training step under a mode that sees all that c10d dispatches."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.parity import rig
+from transmamba.config import ParallelConfig
+from transmamba.loop import train_step
+from transmamba.parallel import topology as groups
+from transmamba.parallel.pipeline import Stage, StageOutput, run_schedule
+from transmamba.run import Run, build_chunks, build_optimizer, build_stage
+from transmamba.stages import Event, partition
+
+# The dispatcher's operator -> ours, and which argument's bytes count: what goes in, of a gather what comes out.
+_OPERATORS = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
+    "reduce_": ("reduce", 0),
+    "send": ("send", 0),
+}
+Counts = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> calls, bytes
+
+
+class Sent(NamedTuple):
+    """One rank's step; everything that `communication.traffic` asks for besides the configuration."""
+
+    pipeline_rank: int
+    layers: list[int]
+    dp: int
+    counts: Counts
+
+
+def build(options: dict[str, Any]) -> tuple[Run, list[range]]:
+    """The rig's model in the layout of this process's group, and the layers of this rank's chunks."""
+    config = rig.config_of(**options)
+    topology = groups.start(config.parallel)
+    n_chunks = config.parallel.pp * config.parallel.vpp
+    layers = partition(rig.LAYER_COSTS[: config.model.n_layers], n_chunks, last_extra=0.3)
+    chunks = build_chunks(config, rig.VOCAB, topology, layers)
+    optimizer = build_optimizer(chunks, config, topology)
+    stage = build_stage(chunks, optimizer, config, topology)
+    manifest: Any = None  # of data on disk
+    batches = rig.batches_of(config, topology)
+    run = Run(config, topology, Path(), manifest, chunks, optimizer, stage, batches, [])
+    return run, layers[topology.pp_rank :: topology.pp]
+
+
+def step(options: dict[str, Any]) -> Sent:
+    """What this rank sends in the third step, when ZeRO knows the order of the weights, and in agreeing to go on."""
+    run, layers = build(options)
+    for number in range(2):
+        train_step(run, number)
+    recorder = Recorder()
+    with recorder:
+        train_step(run, 2)
+        run.topology.agree(0)
+    own = [layer for part in layers for layer in part]
+    return Sent(run.topology.pp_rank, own, run.topology.dp, recorder.counts)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts this rank's calls and bytes while it is active, in groups of several ranks; receiving is not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counts = {}
+        self._names = _group_names()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, operator: str, arguments: Any) -> None:
+        group = dist.ProcessGroup.unbox(next(a for a in arguments if isinstance(a, torch.ScriptObject)))
+        if operator == "recv_" or group.size() == 1:
+            return
+        operation, position = _OPERATORS[operator]
+        # Pairs of stages use the group of all ranks for one of the two directions.
+        name = "pp" if operation == "send" else self._names[group.group_name]
+        calls, total = self.counts.get((name, operation), (0, 0))
+        self.counts[name, operation] = calls + 1, total + _bytes(arguments[position])
+
+
+def _group_names() -> dict[str, str]:
+    from megatron.core import parallel_state as state
+
+    found = {
+        "tp": state.get_tensor_model_parallel_group(),
+        "cp": state.get_context_parallel_group(),
+        "pp": state.get_pipeline_model_parallel_group(),
+        "dp": state.get_data_parallel_group(),
+        "dp_cp": state.get_data_parallel_group(with_context_parallel=True),
+        "tp_pp": state.get_model_parallel_group(),
+        "world": dist.group.WORLD,
+    }
+    embedding = state.get_embedding_group(check_initialized=False)
+    if embedding is not None:
+        found["embedding"] = embedding
+    names = {group.group_name: name for name, group in found.items()}
+    assert len(names) == len(found), "two of our groups are one"
+    return names
+
+
+def _bytes(value: Tensor | list[Tensor]) -> int:
+    tensors = [value] if isinstance(value, Tensor) else value
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def events(parallel: dict[str, int], n_micro: int) -> list[Event]:
+    """The order in which the schedule runs forwards and backwards on this pipeline rank; chunks are one product."""
+    config = ParallelConfig.model_validate(parallel)
+    topology = groups.start(config)
+    modules = [nn.Linear(2, 2) for _ in range(config.vpp)]
+    chunk_of = {module: index * config.pp + topology.pp_rank for index, module in enumerate(modules)}
+    last = config.pp * config.vpp - 1
+    found: list[Event] = []
+
+    def forward(module: nn.Module, micro_batch: int, received_TBD: Tensor | None) -> StageOutput | Tensor:
+        chunk = chunk_of[module]
+        found.append(("F", micro_batch, chunk))
+        output_TBD = module(torch.ones(1, 1, 2) if received_TBD is None else received_TBD)
+        output_TBD.register_hook(lambda _: found.append(("B", micro_batch, chunk)))
+        return StageOutput(output_TBD.sum(), torch.zeros(())) if chunk == last else output_TBD
+
+    stage = Stage(modules, forward, topology, config, hidden_size=2, dtype=torch.float32)
+    run_schedule(stage, range(n_micro), n_rows=1, n_tokens=1)
+    return found
