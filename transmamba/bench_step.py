@@ -21,6 +21,7 @@ from transmamba.compose import load
 from transmamba.config import Config
 from transmamba.data_pipeline.manifest import load_manifest
 from transmamba.data_pipeline.prepare import default_corpus
+from transmamba.heartbeat import Heartbeat
 from transmamba.loop import train_steps
 from transmamba.machine import describe_device, versions
 from transmamba.metrics import Journal, WandbFeed
@@ -29,7 +30,6 @@ from transmamba.parallel import topology as groups
 from transmamba.report import Report
 from transmamba.run import Run, build_model, build_run, describe, make_folder
 from transmamba.transpoint import effective_points
-from transmamba.watchdog import Heartbeat
 
 BLOCK = 30  # steps that end with a checkpoint; the default run saves less often
 WANTED = 1.05

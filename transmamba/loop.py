@@ -15,6 +15,7 @@ from transmamba.batches import MicroBatch
 from transmamba.config import tokens_per_step, total_steps
 from transmamba.errors import EXIT_DONE, EXIT_NON_FINITE, EXIT_STORAGE, RunError
 from transmamba.evaluate import HeldOut, held_out
+from transmamba.heartbeat import Heartbeat, Phase
 from transmamba.layer_stats import layer_stats
 from transmamba.metrics import Journal
 from transmamba.optimizer import learning_rate
@@ -25,7 +26,6 @@ from transmamba.report import Report
 from transmamba.run import Run, fingerprint, named_weights
 from transmamba.stopping import StopRequest
 from transmamba.transpoint import effective_points
-from transmamba.watchdog import Heartbeat, Phase
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def train_steps(
                 if code is not None and done < last:
                     if topology.is_first:
                         (run.folder / "STOP").unlink(missing_ok=True)
-                    journal.event("stop", cause=stop.cause, step=done)
+                    cause = stop.cause if stop.code == code else "asked of another rank"
+                    journal.event("stop", cause=cause, step=done)
                     return code
     finally:
         stop.restore()
@@ -132,7 +133,7 @@ def save(run: Run, step: int, journal: Journal) -> None:
             resume.record(run.config, step, data, run.topology),
             run.topology,
         )
-        pruned = checkpoint.prune(run.checkpoints, run.config.checkpoint.keep) if run.topology.is_first else []
+        pruned = run.topology.on_first(lambda: checkpoint.prune(run.checkpoints, run.config.checkpoint.keep))
     except (checkpoint.StorageError, OSError) as error:
         free = shutil.disk_usage(run.checkpoints).free
         raise RunError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from transmamba import resume, watchdog
+from transmamba import resume
 from transmamba.checkpoint import Checkpoint, published
 from transmamba.config import Config, total_steps
 from transmamba.data_pipeline.errors import DamagedData, DataError
@@ -22,6 +22,8 @@ from transmamba.data_pipeline.prepare import default_corpus
 from transmamba.data_pipeline.tokenizer import load_tokenizer
 from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, ConfigError, RunError
 from transmamba.generate import complete
+from transmamba.heartbeat import Heartbeat
+from transmamba.heartbeat import start as start_heartbeat
 from transmamba.loop import train_steps
 from transmamba.machine import choose_precision, choose_threads, describe_device
 from transmamba.metrics import Journal, WandbFeed, read_metrics
@@ -83,9 +85,7 @@ def _answered(outcome: Outcome) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(
-    config: Config, report: Report, outcome: Outcome
-) -> Iterator[tuple[Run, int, Plan, Journal, "watchdog.Heartbeat"]]:
+def _opened(config: Config, report: Report, outcome: Outcome) -> Iterator[tuple[Run, int, Plan, Journal, Heartbeat]]:
     """The run, ready for its first step; when the block ends, its last words.
 
     Everything before the run folder exists may refuse without leaving a trace; from then on all is on record.
@@ -115,24 +115,27 @@ def _opened(
 @contextmanager
 def _recorded(
     config: Config, folder: Path, topology: Topology, manifest: Manifest, first: int, outcome: Outcome
-) -> Iterator[tuple[Journal, "watchdog.Heartbeat"]]:
+) -> Iterator[tuple[Journal, Heartbeat]]:
     """Keep the run folder's records and the watchdog while the block runs, and say how it ended."""
+    if not topology.is_first:
+        _write_to(folder / "logs" / f"rank{topology.rank:05d}.log")
+    heartbeat = start_heartbeat(folder, topology.rank, topology.world_size, config.watchdog.limit_s)
     if topology.is_first:
         shutil.copyfile(manifest.tokenizer_path, folder / "tokenizer.json")
         describe(config, folder, topology.device)
-    else:
-        _write_to(folder / "logs" / f"rank{topology.rank:05d}.log")
-    heartbeat = watchdog.start(folder, topology.rank, topology.world_size, config.watchdog.limit_s)
     journal = Journal(folder, first, is_writer=topology.is_first)
     feed = WandbFeed(folder, config.wandb) if topology.is_first else None
-    is_together = True
+    # Whether all ranks end alike; else the watchdog ends those that wait for this one.
+    is_together = topology.world_size == 1
     try:
         yield journal, heartbeat
+        is_together = True
     except Exception as error:
-        # Alike on all ranks, or on this one alone: then the watchdog ends those that wait for it.
-        is_together = isinstance(error, RunError)
+        is_together = is_together or isinstance(error, RunError)
         outcome.blame(error)
     finally:
+        if not is_together:
+            heartbeat.leave()
         journal.event("exit", code=outcome.code, cause=outcome.cause)
         journal.close()
         if feed is not None:
@@ -140,7 +143,8 @@ def _recorded(
         if topology.is_first:
             _write_exit(folder, outcome.code, outcome.cause)
             (folder / "lock.json").unlink(missing_ok=True)
-        if is_together or topology.world_size == 1:
+        if is_together:
+            topology.agree(0)  # launchers end all ranks once one of them ended; rank 0 has had its say by now
             heartbeat.done()
 
 

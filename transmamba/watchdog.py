@@ -1,159 +1,32 @@
 """A process beside the ranks of a node that ends the job when one of them dies or hangs.
 
-Every rank notes what it does in a small memory-mapped file, its heartbeat. A child of each node's local rank 0 reads
-them; it needs no lock, no GIL and no collective of the ranks, so nothing that blocks them blocks it. Its verdict is
-exit code 30 (hang) or 31 (a rank died), told in verdict.json, events.jsonl, exit.json and one line on stderr.
+Every rank notes what it does in its page (`transmamba.heartbeat`); a child of each node's local rank 0 reads them. Its
+verdict is exit code 30 (hang) or 31 (a rank died), told in verdict.json, events.jsonl, exit.json and a line on stderr.
 """
 
-import atexit
-import faulthandler
 import json
-import mmap
 import os
 import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from array import array
-from collections import deque
 from contextlib import suppress
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from transmamba import heartbeat
 from transmamba.errors import EXIT_HANG, EXIT_RANK_DIED
+from transmamba.heartbeat import VERDICT, Phase, Pulse, Word
 
-VERDICT = "verdict.json"
 APPEAR_S = 60.0  # how long a rank may take to its first heartbeat, from that of local rank 0
-PATIENCE_S = 1.5  # how long ranks may take to leave by themselves once they are told to
+PATIENCE_S = 1.5  # how long ranks may take to leave by themselves once they are told to, or said that they do
 STACKS_S = 2.0  # how long to wait for stacks; a rank in a system call that cannot be interrupted writes none
-_GUARD_TICK_S, _TICK_S = 0.2, 0.5
-_MIN_STEP_LIMIT_S, _OTHER_LIMIT_S, _TIMES_MEDIAN = 60.0, 600.0, 10.0
-
-# A heartbeat file is these words of 8 bytes: who it is, the last beat, when the interpreter began to end, and the exit
-# code it is told to leave with. Times are ns: _CREATED of CLOCK_BOOTTIME, like start times in /proc, others monotonic.
-_PID, _TICKS, _BOOT, _CREATED, _STEP, _PHASE, _BEAT, _LEFT, _ORDER, _N_WORDS = range(10)
+_TICK_S = 0.5
 # In the innermost frames of a rank that waits for others: it is rarely the one that hangs.
 _WAITING = ("torch/distributed/", "deepspeed/comm/", "p2p_communication")
-
-# What a rank is doing; each phase has its own limit.
-Phase = IntEnum("Phase", ["SETUP", "STEP", "SAVE", "VALIDATE", "DONE"], start=0)
-
-
-class Heartbeat:
-    """The signs of life of this process as one rank of a run, and its ear for the watchdog's verdict."""
-
-    def __init__(self, folder: Path, rank: int):
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        self._pid = os.getpid()
-        self._stacks = _log(folder, "stacks", rank).open("ab")
-        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-            # This is what `done` goes back to: a request for stacks that arrives late must not kill.
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
-        self._page = _create_page(_log(folder, "heartbeat", rank))
-        atexit.register(self._leave)
-        self._closing = threading.Event()
-        self._guard_thread = threading.Thread(target=self._guard, name="watchdog guard", daemon=True)
-        self._guard_thread.start()
-
-    def beat(self, step: int, phase: Phase) -> None:
-        """Say that this rank is alive, at the start of `phase` in `step` or within it; costs a microsecond."""
-        page = self._page
-        page[_STEP], page[_PHASE], page[_BEAT] = step, phase, time.monotonic_ns()
-
-    def done(self) -> None:
-        """Leave the watchdog's care: what this process does from now on ends no job. May be said twice."""
-        if self._closing.is_set() or os.getpid() != self._pid:
-            return
-        self._closing.set()
-        self.beat(self._page[_STEP], Phase.DONE)
-        self._guard_thread.join()
-        atexit.unregister(self._leave)
-        faulthandler.unregister(signal.SIGUSR1)
-        self._stacks.close()
-        self._page.release()
-
-    def _leave(self) -> None:
-        # The rank whose interpreter was first to end has the error; the others only lost their peer.
-        if os.getpid() == self._pid:
-            self._page[_LEFT] = time.monotonic_ns()
-
-    def _guard(self) -> None:
-        while not self._closing.wait(_GUARD_TICK_S):
-            if self._page[_ORDER]:
-                os._exit(self._page[_ORDER])
-
-
-def start(folder: Path, rank: int, world_size: int, limit_s: float | None = None) -> Heartbeat:
-    """Begin this rank's heartbeat, and on local rank 0 the node's watchdog. To be called once the run folder exists.
-
-    The ranks of a node are contiguous; LOCAL_RANK and LOCAL_WORLD_SIZE say which (0 and 1 without a launcher).
-
-    Args:
-        limit_s: seconds without a heartbeat that count as a hang; None for max(60, 10 x the median of recent steps)
-            in steps, and 600 elsewhere and in the first steps.
-
-    Raises:
-        OSError: the run folder's logs cannot be written, or no process can be started.
-    """
-    if rank == 0:
-        (folder / VERDICT).unlink(missing_ok=True)
-    heartbeat = Heartbeat(folder, rank)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        ranks = ",".join(str(rank + i) for i in range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        since_ns = _stat(os.getpid())[1] * 10**9 // os.sysconf("SC_CLK_TCK")
-        arguments = [str(folder), ranks, str(world_size), "auto" if limit_s is None else str(limit_s), str(since_ns)]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "transmamba.watchdog", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # launchers and terminals signal the whole group
-        )
-        # If it ends before this process does, nobody else would collect it.
-        threading.Thread(target=process.wait, name="watchdog reaper", daemon=True).start()
-    return heartbeat
-
-
-class _Rank:
-    """What the watchdog knows about one rank: its page, a pidfd (-1 once it ended), and when its beat last changed."""
-
-    def __init__(self, number: int, page: memoryview, process: int):
-        self.number, self.page, self.process = number, page, process
-        self.beat = (-1, -1, -1)  # step, phase, ns
-        self.steps_s: deque[float] = deque(maxlen=20)
-        self.observe()
-
-    def observe(self) -> None:
-        """Read the heartbeat. Its age counts from when a change is seen here, so a torn read can only delay."""
-        beat = (self.page[_STEP], self.page[_PHASE], self.page[_BEAT])
-        if beat != self.beat:
-            if beat[0] > self.beat[0] and self.beat[1] == beat[1] == Phase.STEP:
-                self.steps_s.append((beat[2] - self.beat[2]) / (beat[0] - self.beat[0]) / 1e9)
-            self.beat, self.changed_at = beat, time.monotonic()
-
-    def limit_s(self, given_s: float | None) -> float:
-        """Seconds without a heartbeat that this rank may take for what it does."""
-        if given_s is not None:
-            return given_s
-        if self.beat[1] != Phase.STEP or len(self.steps_s) < 3:  # the first steps compile and tune kernels
-            return _OTHER_LIMIT_S
-        return max(_MIN_STEP_LIMIT_S, _TIMES_MEDIAN * sorted(self.steps_s)[len(self.steps_s) // 2])
-
-    def send(self, number: int) -> None:
-        """Signal this process, and no other that may have its pid by now."""
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.process, number)
-
-    def summary(self, given_s: float | None) -> dict[str, Any]:
-        """Last phase and step, the age of the last heartbeat and its limit, and when the interpreter began to end."""
-        age_s, phase = (time.monotonic_ns() - self.beat[2]) / 1e9, Phase(self.beat[1]).name.lower()
-        about = {"rank": self.number, "phase": phase, "step": self.beat[0], "age_s": round(age_s, 2)}
-        return about | {"limit_s": round(self.limit_s(given_s), 2), "left_ns": self.page[_LEFT]}
 
 
 class Watchdog:
@@ -165,7 +38,7 @@ class Watchdog:
     def __init__(self, folder: Path, ranks: list[int], world_size: int, limit_s: float | None, since_ns: int):
         self._folder, self._numbers, self._limit_s, self._since_ns = folder, ranks, limit_s, since_ns
         self._is_alone = world_size == len(ranks)
-        self._ranks: dict[int, _Rank] = {}
+        self._ranks: dict[int, Pulse] = {}
         self._poll = select.poll()
         self._started_at = self._looked_at = time.monotonic()
         self._old_verdict = _seen(folder / VERDICT)
@@ -182,10 +55,10 @@ class Watchdog:
                 return self._end_job(others["code"], [], others)
             if not has_all and time.monotonic() - self._started_at > APPEAR_S:
                 return self._end_job(EXIT_RANK_DIED, [])
-            if dead := self._working(False):
-                if all(rank.page[_LEFT] for rank in dead):
+            if dead := self._lost():
+                if all(rank.page[Word.LEFT] for rank in dead):
                     self._look(0.2)  # who only lost a peer may be seen first
-                    dead = self._working(False)
+                    dead = self._lost()
                 return self._end_job(EXIT_RANK_DIED, dead)
             if suspects := self._late():
                 return self._end_job(EXIT_HANG, suspects)
@@ -208,24 +81,28 @@ class Watchdog:
                 rank.process = -1
 
     def _register(self, number: int) -> None:
-        with _log(self._folder, "heartbeat", number).open("r+b") as file:
-            page = memoryview(mmap.mmap(file.fileno(), 8 * _N_WORDS)).cast("q")
-        process = _open_process(page[_PID], page[_TICKS]) if page[_BOOT] == _boot() else -1
+        page = heartbeat.open_page(heartbeat.page_path(self._folder, number))
+        process = heartbeat.open_process(page)
         if process >= 0:
             self._poll.register(process, select.POLLIN)
-        elif page[_BOOT] != _boot() or page[_CREATED] < self._since_ns:
+        elif page[Word.BOOT] != heartbeat.boot() or page[Word.CREATED] < self._since_ns:
             return
-        self._ranks[number] = _Rank(number, page, process)
+        self._ranks[number] = Pulse(number, page, process)
 
-    def _working(self, is_alive: bool) -> list[_Rank]:
-        """Ranks that have not said that they are done, and whose process lives or does not."""
+    def _working(self) -> list[Pulse]:
+        """Ranks that live and have not said that they are done."""
+        return [rank for rank in self._ranks.values() if rank.process >= 0 and rank.beat[1] != Phase.DONE]
+
+    def _lost(self) -> list[Pulse]:
+        """Ranks that ended before they were done, or said that they leave and do not come to an end."""
+        long_ago = time.monotonic_ns() - PATIENCE_S * 1e9
         undone = [rank for rank in self._ranks.values() if rank.beat[1] != Phase.DONE]
-        return [rank for rank in undone if (rank.process >= 0) == is_alive]
+        return [rank for rank in undone if rank.process < 0 or 0 < rank.page[Word.LEFT] < long_ago]
 
-    def _late(self) -> list[_Rank]:
+    def _late(self) -> list[Pulse]:
         """Suspects once a rank is beyond its limit: who waits for the one that hangs stops beating with it."""
         now = time.monotonic()
-        ages = [(now - rank.changed_at, rank) for rank in self._working(True)]
+        ages = [(now - rank.changed_at, rank) for rank in self._working()]
         exceeded = [age for age, rank in ages if age > rank.limit_s(self._limit_s)]
         return [rank for age, rank in ages if exceeded and age > 0.75 * min(exceeded)]
 
@@ -233,9 +110,9 @@ class Watchdog:
         is_new = not self._is_alone and _seen(self._folder / VERDICT) not in ((0, 0, 0), self._old_verdict)
         return json.loads((self._folder / VERDICT).read_text(encoding="utf-8")) if is_new else None
 
-    def _end_job(self, code: int, suspects: list[_Rank], verdict: dict[str, Any] | None = None) -> int:
+    def _end_job(self, code: int, suspects: list[Pulse], verdict: dict[str, Any] | None = None) -> int:
         """Stacks and records first, because a launcher may end this process together with the last rank."""
-        stopped = {rank.number for rank in self._working(True) if _stat(rank.page[_PID])[0] == "T"}
+        stopped = {rank.number for rank in self._working() if heartbeat.process_state(rank.page[Word.PID])[0] == "T"}
         roll = [rank.summary(self._limit_s) for rank in self._ranks.values()]
         stacks, waiting = self._ask_for_stacks()
         if verdict is None:
@@ -246,9 +123,9 @@ class Watchdog:
                 time.sleep(1)  # everybody here waits: the node of the rank that hangs shall speak first
         self._record_within(2.0, verdict)
         patient_until = time.monotonic() + PATIENCE_S
-        while self._working(True) and time.monotonic() < patient_until + 2:
-            for rank in self._working(True):
-                rank.page[_ORDER] = verdict["code"]
+        while self._working() and time.monotonic() < patient_until + 2:
+            for rank in self._working():
+                rank.page[Word.ORDER] = verdict["code"]
                 if time.monotonic() > patient_until:
                     rank.send(signal.SIGKILL)
             self._look(0.05)
@@ -262,9 +139,9 @@ class Watchdog:
 
     def _ask_for_stacks(self) -> tuple[list[str], set[int]]:
         """Have every living rank write the stacks of its threads; returns the files and who waits for others."""
-        paths = {rank.number: _log(self._folder, "stacks", rank.number) for rank in self._working(True)}
+        paths = {rank.number: heartbeat.stacks_path(self._folder, rank.number) for rank in self._working()}
         begun = {number: _seen(path)[0] for number, path in paths.items()}
-        for rank in self._working(True):
+        for rank in self._working():
             rank.send(signal.SIGCONT)  # a stopped process writes nothing
             rank.send(signal.SIGUSR1)
         until, sizes, is_whole = time.monotonic() + STACKS_S, begun, False
@@ -272,7 +149,7 @@ class Watchdog:
             time.sleep(0.1)
             self._look(0)
             before, sizes = sizes, {number: _seen(path)[0] for number, path in paths.items()}
-            missing = [rank for rank in self._working(True) if sizes.get(rank.number) == begun.get(rank.number, -1)]
+            missing = [rank for rank in self._working() if sizes.get(rank.number) == begun.get(rank.number, -1)]
             is_whole = sizes == before and not missing
         waiting = set()
         for number, path in paths.items():
@@ -326,49 +203,6 @@ class Watchdog:
         path.unlink(missing_ok=True)  # its former content may be a published file
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return path
-
-
-def _create_page(path: Path) -> memoryview:
-    """A new heartbeat file in the place of any former one, which others may still have mapped."""
-    pid, created_ns = os.getpid(), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    words = [pid, _stat(pid)[1], _boot(), created_ns, 0, Phase.SETUP, time.monotonic_ns(), 0, 0]
-    temporary = path.with_name(f".{path.name}.{pid}")
-    temporary.write_bytes(array("q", words).tobytes())
-    with temporary.open("r+b") as file:
-        page = memoryview(mmap.mmap(file.fileno(), 8 * _N_WORDS)).cast("q")
-    os.replace(temporary, path)
-    return page
-
-
-def _log(folder: Path, kind: str, rank: int) -> Path:
-    return folder / "logs" / f"{kind}-rank{rank:05d}{'' if kind == 'heartbeat' else '.txt'}"
-
-
-def _boot() -> int:
-    """Differs between machines and between boots of one, as do the clocks and pids that a heartbeat speaks of."""
-    return int(Path("/proc/sys/kernel/random/boot_id").read_text()[:8], 16)
-
-
-def _stat(pid: int) -> tuple[str, int]:
-    """State and start time (clock ticks since boot) of a process; ("", 0) if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return "", 0
-    return fields[0], int(fields[19])
-
-
-def _open_process(pid: int, ticks: int) -> int:
-    """A pidfd of the process that started then, or -1 if it ended (a zombie, or its pid is another's by now)."""
-    process = -1
-    with suppress(ProcessLookupError):
-        process = os.pidfd_open(pid) if _stat(pid)[1] == ticks else -1
-    # The descriptor holds the process, not the number; so this second look settles whose it is.
-    state, found = _stat(pid)
-    if process >= 0 and (found != ticks or state in "ZX"):
-        os.close(process)
-        process = -1
-    return process
 
 
 def _seen(path: Path) -> tuple[int, int, int]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from transmamba import watchdog
-from transmamba.watchdog import Heartbeat, Phase
+from transmamba import heartbeat, watchdog
+from transmamba.heartbeat import Heartbeat, Phase, Pulse, Word
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 2.0
@@ -22,8 +22,8 @@ LIMIT_S = 2.0
 RANK = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
-from transmamba import watchdog
-from transmamba.watchdog import Phase
+from transmamba import heartbeat as hearts
+from transmamba.heartbeat import Phase
 folder, rank, limit_s = Path(sys.argv[1]), int(os.environ["RANK"]), float(sys.argv[2])
 def sleeps():
     time.sleep(1000)
@@ -37,6 +37,9 @@ def raises():
     raise RuntimeError("a bug")
 def exits():
     sys.exit(7)
+def gives_up_and_stays():
+    heartbeat.leave()
+    sleeps()
 def dawdles():
     time.sleep(0.9)
 def nothing():
@@ -48,7 +51,7 @@ def keeps_others_waiting():
     time.sleep(0.4)
     heartbeat.beat(step, Phase.STEP)
     sleeps()
-heartbeat = watchdog.start(folder, rank, int(os.environ["WORLD_SIZE"]), limit_s)
+heartbeat = hearts.start(folder, rank, int(os.environ["WORLD_SIZE"]), limit_s)
 step = 0
 while not (folder / "stop").exists():
     step += 1
@@ -137,6 +140,10 @@ def job(tmp_path: Path) -> Iterator[StartJob]:
 
 @pytest.fixture(scope="module")
 def slowness() -> float:
+    return how_slow()
+
+
+def how_slow() -> float:
     """How much longer than on an idle machine things take: the start of an interpreter against 0.1 s, at least 1."""
     started = time.monotonic()
     for _ in range(3):
@@ -180,6 +187,7 @@ def test_a_clean_end_leaves_no_process_and_no_verdict(n_ranks: int, job: StartJo
     until(lambda: not watchdogs_of(started.folder), 2 * slowness)
     assert not [path for path in started.folder.iterdir() if path.name in ("verdict.json", "exit.json")]
     assert (started.folder / "stderr.txt").read_text() == ""
+    assert not list(started.folder.glob("logs/stacks-*"))
 
 
 @pytest.mark.parametrize(("n_ranks", "victim"), [(1, 0), (2, 0), (4, random.Random().randrange(1, 4))])
@@ -202,7 +210,7 @@ def test_a_killed_rank_ends_the_job_within_five_seconds(
     assert not (started.folder / "lock.json").exists()
 
 
-@pytest.mark.parametrize(("act", "code"), [("raises", 1), ("exits", 7)])
+@pytest.mark.parametrize(("act", "code"), [("raises", 1), ("exits", 7), ("gives_up_and_stays", 31)])
 def test_a_rank_that_leaves_before_the_end_is_a_death(act: str, code: int, job: StartJob, slowness: float) -> None:
     started = job(3, guilty=1, act=act)
     assert started.codes(6 * slowness) == {0: 31, 1: code, 2: 31}
@@ -266,10 +274,10 @@ def test_what_a_former_run_left_is_no_reason_to_kill(job: StartJob, slowness: fl
 
 def test_a_process_that_got_the_pid_of_a_rank_is_not_killed(tmp_path: Path) -> None:
     stranger = subprocess.Popen(["sleep", "100"])
-    page = watchdog._create_page(tmp_path / "heartbeat-rank00000")
+    page = heartbeat.create_page(tmp_path / "heartbeat-rank00000")
     words = array("q", page)
     page.release()
-    words[watchdog._PID] = stranger.pid  # with the start time of this process
+    words[Word.PID] = stranger.pid  # with the start time of this process
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "heartbeat-rank00000").write_bytes(words.tobytes())
     arguments = [str(tmp_path), "0", "1", "1.0", "0"]
@@ -311,13 +319,13 @@ def test_of_two_nodes_with_a_verdict_the_first_is_believed(tmp_path: Path) -> No
 
 def test_the_limit_follows_recent_steps_and_leaves_other_phases_time() -> None:
     page = memoryview(bytearray(72)).cast("q")
-    rank = watchdog._Rank(0, page, -1)
+    rank = Pulse(0, page, -1)
     assert rank.limit_s(None) == 600 and rank.limit_s(5.0) == 5
     for step, now_s in enumerate([0, 20, 40, 60, 80, 100]):
-        page[watchdog._STEP], page[watchdog._PHASE], page[watchdog._BEAT] = step, Phase.STEP, now_s * 10**9
+        page[Word.STEP], page[Word.PHASE], page[Word.BEAT] = step, Phase.STEP, now_s * 10**9
         rank.observe()
     assert rank.limit_s(None) == 200
-    page[watchdog._PHASE] = Phase.SAVE
+    page[Word.PHASE] = Phase.SAVE
     rank.observe()
     assert rank.limit_s(None) == 600
 
@@ -333,7 +341,7 @@ def test_a_rank_that_never_appears_ends_the_job(tmp_path: Path, capfd: pytest.Ca
 
 def test_time_in_which_the_whole_node_was_frozen_counts_for_nobody(tmp_path: Path) -> None:
     watching = watchdog.Watchdog(tmp_path, [0], 1, 5.0, 0)
-    watching._ranks[0] = watchdog._Rank(0, memoryview(bytearray(72)).cast("q"), 9999)
+    watching._ranks[0] = Pulse(0, memoryview(bytearray(72)).cast("q"), 9999)
     watching._ranks[0].changed_at -= 100
     assert watching._late()
     watching._looked_at -= 100
@@ -342,13 +350,13 @@ def test_time_in_which_the_whole_node_was_frozen_counts_for_nobody(tmp_path: Pat
 
 
 def test_a_beat_costs_less_than_five_microseconds(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(tmp_path, 0)
+    beating = Heartbeat(tmp_path, 0)
     best_s = 1.0
     for _ in range(5):
         started = time.perf_counter()
         for step in range(1000):
-            heartbeat.beat(step, Phase.STEP)
+            beating.beat(step, Phase.STEP)
         best_s = min(best_s, (time.perf_counter() - started) / 1000)
-    heartbeat.done()
+    beating.done()
     assert beat_of(tmp_path, 0, os.getpid()) == (999, Phase.DONE)
     assert best_s < 5e-6

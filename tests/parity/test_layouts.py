@@ -1,5 +1,6 @@
 """N ranks train to the numbers of one: losses, gradient norms and every gradient by global name."""
 
+import time
 from functools import cache
 from typing import Any
 
@@ -50,12 +51,22 @@ def gradient_errors(found: rig.Trained, wanted: rig.Trained, options: dict[str, 
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=row.name, marks=[] if row.is_quick else pytest.mark.long) for row in ROWS]
 )
-def test_layout_equals_one_rank(row: Row) -> None:
+def test_layout_equals_one_rank(row: Row, layout_report: dict[str, dict[str, Any]]) -> None:
     wanted = golden(row.options)
+    started = time.monotonic()
     found = rig.merge(run(row.ranks, job, row.options, N_STEPS))
+    seconds = time.monotonic() - started
     loss, norm = relative(found.losses, wanted.losses), relative(found.norms, wanted.norms)
     errors = gradient_errors(found, wanted, row.options)
     worst = max(errors, key=errors.__getitem__)
+    layout_report[row.says] = {
+        "ranks": row.ranks,
+        "loss": loss,
+        "norm": norm,
+        "gradient": errors[worst],
+        "worst": worst,
+        "seconds": round(seconds, 1),
+    }
     summary = f"loss {loss:.1e}, norm {norm:.1e}, gradient of {worst} {errors[worst]:.1e}"
     assert loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE and errors[worst] <= GRADIENT_TOLERANCE, summary
     assert min(wanted.norms) > rig.config_of().optim.clip  # pyright: ignore[reportOperatorIssue]  # clipping is active
@@ -63,11 +74,12 @@ def test_layout_equals_one_rank(row: Row) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("row", BF16, ids=lambda row: row.name)
-def test_bf16_stays_in_its_band(row: Row) -> None:
+def test_bf16_stays_in_its_band(row: Row, layout_report: dict[str, dict[str, Any]]) -> None:
     wanted = golden(row.options)
     found = rig.merge(run(row.ranks, job, row.options, N_STEPS))
-    assert relative(found.losses, wanted.losses) < BF16_LOSS_BAND
-    assert relative(found.norms, wanted.norms) < BF16_NORM_BAND
+    loss, norm = relative(found.losses, wanted.losses), relative(found.norms, wanted.norms)
+    layout_report[row.says] = {"ranks": row.ranks, "loss": loss, "norm": norm}
+    assert loss < BF16_LOSS_BAND and norm < BF16_NORM_BAND, f"loss {loss:.1e}, norm {norm:.1e}"
 
 
 def test_same_layout_same_bits() -> None:

@@ -47,7 +47,7 @@ NO_TORCH = (
         "transpoint",
         "costs",
     ),
-    *("plan", "validate", "validate_data", "validate_run", "train"),
+    *("plan", "validate", "validate_data", "validate_run", "train", "stages", "communication", "heartbeat", "watchdog"),
 )
 
 

@@ -169,3 +169,34 @@ def test_shares_start_at_one_and_end_at_zero() -> None:
 @pytest.mark.parametrize(("n", "padded"), [(1, 128), (128, 128), (129, 256), (4096, 4096), (50257, 50304)])
 def test_the_vocabulary_is_padded_to_128(n: int, padded: int) -> None:
     assert padded_vocab(n) == padded
+
+
+def test_a_plan_of_several_ranks_says_what_they_hold_and_send(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = ["model=tiny", "parallel.tp=2", "parallel.pp=2", "train.micro_batch=1", "precision=fp32"]
+    assert run_plan(layout, as_json=True) == EXIT_DONE
+    plan = json.loads(capsys.readouterr().out)
+    parallel = plan["parallel"]
+    assert (parallel["world_size"], parallel["dp"]) == (4, 1)
+    assert parallel["bubble"] == 1 / 8
+    assert [layer for stage in parallel["stages"] for layer in stage["layers"]] == list(range(8))
+    assert sum(stage["cost_share"] for stage in parallel["stages"]) == pytest.approx(1)
+    first, last = parallel["stages"]
+    # Eight micro-batches of 256 tokens of 128 float32 numbers, once each way.
+    assert {"tp", "pp", "embedding"} <= first["sent"].keys()
+    assert first["sent"]["pp"] == last["sent"]["pp"] == 8 * 256 * 128 * 4 + 8
+    assert first["memory"]["moments"] == 2 * first["memory"]["weights"] == 2 * first["memory"]["gradients"]
+    assert run_plan(layout, as_json=False) == EXIT_DONE
+    text = capsys.readouterr().out
+    assert "4 ranks, 1 data parallel, fp32, bubble 12.5%" in text
+    for name, value in {"WORLD_SIZE": "8", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_plan([*layout, "zero.stage=1"], as_json=True) == EXIT_DONE
+    replicated = json.loads(capsys.readouterr().out)["parallel"]
+    assert (replicated["world_size"], replicated["dp"], replicated["bubble"]) == (8, 2, 1 / 4)
+    assert replicated["stages"][0]["memory"]["moments"] == first["memory"]["moments"] // 2
+
+
+def test_a_single_rank_has_no_parallel_plan() -> None:
+    assert make_plan(load([])).parallel is None
