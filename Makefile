@@ -20,7 +20,7 @@ train: setup
 	@$(BIN)/python -m transmamba.train $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -n 2 -m "not long and not gpu" $(TESTS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long and not gpu" $(TESTS)
 
 test-long: setup
 	@$(BIN)/python -m pytest -m "long and not gpu" --timeout 1800 $(TESTS)

@@ -21,6 +21,7 @@ from transmamba.costs import (
     packed_documents,
     whole_windows,
 )
+from transmamba.plan_parallel import ParallelPlan, parallel_plan, print_parallel
 from transmamba.transpoint import LayerKind, effective_points, layer_kinds
 
 if TYPE_CHECKING:
@@ -61,19 +62,21 @@ class Plan:
     steps: int
     tokens_per_step: int
     warnings: tuple[str, ...]
+    parallel: ParallelPlan | None
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON; an infinite TransPoint is null."""
         return asdict(self)
 
 
-def make_plan(config: Config, manifest: "Manifest | None" = None) -> Plan:
+def make_plan(config: Config, manifest: "Manifest | None" = None, world_size: int = 1) -> Plan:
     """Count parameters and FLOPs of a run at its first step.
 
     Args:
         config: a composed configuration.
         manifest: that of the training data; its vocabulary counts and, with `data.document_mask`, its
             document lengths. Without one a window is one document, of the built-in corpus.
+        world_size: ranks, for what they hold and send; a multiple of tp x pp x cp, or 1 to leave that out.
 
     Raises:
         ValueError: the layer pattern or the schedule cannot be read (see `transpoint`).
@@ -96,7 +99,8 @@ def make_plan(config: Config, manifest: "Manifest | None" = None) -> Plan:
         for kind, point in zip(layer_kinds(model), effective_points(config), strict=True)
     )
     embeddings = embedding_parameters(model, rows)
-    forward = math.fsum(layer.forward_flops_per_token for layer in layers) + logit_flops(model, rows)
+    costs, head_cost = [layer.forward_flops_per_token for layer in layers], logit_flops(model, rows)
+    forward = math.fsum(costs) + head_cost
     steps = total_steps(config)
     return Plan(
         layers=layers,
@@ -111,6 +115,7 @@ def make_plan(config: Config, manifest: "Manifest | None" = None) -> Plan:
         steps=steps,
         tokens_per_step=tokens_per_step(config),
         warnings=_warnings(layers, shares),
+        parallel=parallel_plan(config, costs, head_cost, rows, world_size),
     )
 
 
@@ -137,6 +142,8 @@ def print_plan(plan: Plan, console: "Console") -> None:
         table.add_row(str(number), layer.kind, point, share, _short(layer.forward_flops_per_token), bar)
     console.print(table)
     console.print(f"{_ATTENTION} attention before the TransPoint   {_SCAN} scan from it on", style="dim")
+    if plan.parallel is not None:
+        print_parallel(plan.parallel, console)
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
 
@@ -153,7 +160,11 @@ def run_plan(overrides: Sequence[str], as_json: bool) -> int:
 
     try:
         config = load(list(overrides))
-        validate(config, os.environ)
+        # Without a launcher the layout says how many ranks there are.
+        parallel = config.parallel
+        ranks = {"WORLD_SIZE": str(parallel.tp * parallel.pp * parallel.cp), "RANK": "0"}
+        environ = os.environ if "WORLD_SIZE" in os.environ else {**os.environ, **ranks}
+        validate(config, environ)
     except ConfigError as error:
         print("\n".join(error.lines()), file=sys.stderr)
         return EXIT_CONFIG
@@ -162,7 +173,7 @@ def run_plan(overrides: Sequence[str], as_json: bool) -> int:
         from transmamba.data_pipeline.manifest import load_manifest
 
         manifest = load_manifest(Path(config.data.path))
-    plan = make_plan(config, manifest)
+    plan = make_plan(config, manifest, int(environ["WORLD_SIZE"]))
     if as_json:
         print(json.dumps(plan.as_dict(), indent=1))
     else:

@@ -1,5 +1,6 @@
 """What forked ranks do to show what they send: a training step under a mode that sees all that c10d dispatches."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from transmamba.config import ParallelConfig
 from transmamba.loop import train_step
 from transmamba.parallel import topology as groups
 from transmamba.parallel.pipeline import Stage, StageOutput, run_schedule
+from transmamba.parallel.zero import MOMENTS
 from transmamba.run import Run, build_chunks, build_optimizer, build_stage
 from transmamba.stages import Event, partition
+from transmamba.transpoint import effective_points
 
 # The dispatcher's operator -> ours, and which argument's bytes count: what goes in, of a gather what comes out.
 _OPERATORS = {
@@ -119,7 +122,8 @@ def events(parallel: dict[str, int], n_micro: int) -> list[Event]:
     config = ParallelConfig.model_validate(parallel)
     topology = groups.start(config)
     modules = [nn.Linear(2, 2) for _ in range(config.vpp)]
-    chunk_of = {module: index * config.pp + topology.pp_rank for index, module in enumerate(modules)}
+    chunks = range(topology.pp_rank, config.pp * config.vpp, config.pp)
+    chunk_of: dict[nn.Module, int] = dict(zip(modules, chunks, strict=True))
     last = config.pp * config.vpp - 1
     found: list[Event] = []
 
@@ -133,3 +137,51 @@ def events(parallel: dict[str, int], n_micro: int) -> list[Event]:
     stage = Stage(modules, forward, topology, config, hidden_size=2, dtype=torch.float32)
     run_schedule(stage, range(n_micro), n_rows=1, n_tokens=1)
     return found
+
+
+def held_bytes(options: dict[str, Any]) -> tuple[dict[str, int], list[int]]:
+    """Bytes of this rank's state between the backward and the update of the second step, and sizes of weights.
+
+    Every storage counts once, for the first kind that has it; buffers that collectives work in do not count.
+    """
+    run, _ = build(options)
+    parameters = [parameter for chunk in run.chunks for parameter in chunk.parameters()]
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
+    train_step(run, 0)
+    batches = run.batches.of_step(1, effective_points(run.config, 1))
+    run_schedule(run.stage, batches, n_rows=run.config.train.micro_batch, n_tokens=run.config.data.seq_len)
+    zero = None if run.optimizer.engine is None else run.optimizer.engine.optimizer
+    seen: set[int] = set()
+    found = {}
+    names = {
+        "moments": [],
+        "masters": ["fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"],
+        "weights": ["bit16_groups_flat", "bf16_groups_flat", "fp16_partitioned_groups_flat"],
+        "gradients": [
+            "averaged_gradients",
+            "all_grad_tensors",
+            "fp32_groups_gradients_flat",
+            "grad_partitions_flat_buffer",
+        ],
+    }
+    own = {
+        "moments": [state[key] for state in run.optimizer.adamw.state.values() for key in MOMENTS],
+        "weights": [[parameter.data, getattr(parameter, "ds_tensor", None)] for parameter in parameters],
+        "gradients": [parameter.grad for parameter in parameters],
+    }
+    for kind, attributes in names.items():
+        values = [own.get(kind), *(getattr(zero, name, None) for name in attributes)]
+        found[kind] = sum(_new_storages(values, seen))
+    return found, sizes
+
+
+def _new_storages(value: Any, seen: set[int]) -> Iterator[int]:
+    """Sizes of the storages behind the tensors in nested lists and dictionaries, unless seen before."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            yield storage.nbytes()
+    elif isinstance(value, list | dict | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _new_storages(item, seen)

@@ -56,7 +56,7 @@ LAYOUTS = [
     row(4, "tp2 pp2 vpp2", tp=2, pp=2, vpp=2),
     row(4, "tp2 cp2", tp=2, cp=2, quick=True),
     row(4, "tp2 sp cp2", tp=2, sp=True, cp=2),
-    *(row(4, f"tp2 dp2 zero{stage}", tp=2, zero__stage=stage, quick=stage == 1) for stage in (0, 1, 2, 3)),
+    *(row(4, f"tp2 dp2 zero{stage}", tp=2, zero__stage=stage) for stage in (0, 1, 2, 3)),
     row(4, "tp2 sp dp2 zero2", tp=2, sp=True, zero__stage=2),
     row(4, "pp2 dp2 zero0", pp=2, zero__stage=0),
     row(4, "pp2 dp2 zero1", pp=2, zero__stage=1),

@@ -1,5 +1,6 @@
 """The loss over a spread vocabulary is torch's over the whole one, and megatron-core's."""
 
+import pytest
 import torch
 from torch.autograd import gradcheck
 
@@ -7,6 +8,8 @@ from tests.parity.forkserver import run
 from tests.parity.job import loss_job
 from transmamba.parallel.loss import vocab_cross_entropy
 from transmamba.parallel.shards import WHOLE
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def test_two_halves_of_a_vocabulary_give_the_loss_of_the_whole() -> None:

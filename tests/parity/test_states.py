@@ -12,6 +12,7 @@ from tests.parity.job import drifting_job, saving_job
 from tests.parity.matrix import row
 from tests.parity.test_layouts import LOSS_TOLERANCE, NORM_TOLERANCE, relative
 
+pytestmark = pytest.mark.xdist_group("ranks")
 AT, LAST = 3, 7  # four steps after the resumption: lost moments do not show in the first
 
 TP2, DP2_ZERO3 = row(2, "tp2", tp=2), row(2, "dp2 zero3", zero__stage=3)
