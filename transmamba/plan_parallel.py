@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_SHORT = {"gradients": "grads"}  # a row fits 80 columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,10 @@ def print_parallel(plan: ParallelPlan, console: "Console") -> None:
         f"{plan.world_size} ranks, {plan.dp} data parallel, {plan.precision}{bubble}; a rank sends per step and holds:",
         highlight=False,
     )
-    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     groups = list(dict.fromkeys(group for stage in plan.stages for group in stage.sent if stage.sent[group] >= 1000))
     for name in ("stage", "layers", "cost", *groups, *asdict(plan.stages[0].memory)):
-        table.add_column(name, justify="right", no_wrap=name != "layers")
+        table.add_column(_SHORT.get(name, name), justify="right", no_wrap=True)
     for number, stage in enumerate(plan.stages):
         sent = [_bytes(stage.sent.get(group, 0)) for group in groups]
         held = [_bytes(size) for size in asdict(stage.memory).values()]
@@ -102,5 +103,5 @@ def _ranges(layers: Sequence[int]) -> str:
 def _bytes(size: int) -> str:
     for scale, unit in _UNITS:
         if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size} B"
+            return f"{size / scale:.3g}{unit}"
+    return f"{size}B"

@@ -1,9 +1,8 @@
 """A layout's job on edited source: transmamba is imported anew with one text replaced."""
 
 import importlib.abc
-import importlib.util
 import sys
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
 
 from tests.parity.mutations import Mutation
@@ -30,7 +29,7 @@ class _Editor(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != self._mutation.module:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        spec = PathFinder.find_spec(fullname, path)
         assert spec is not None and isinstance(spec.loader, SourceFileLoader)
         spec.loader = _Edited(spec.loader, self._mutation)
         return spec
