@@ -190,7 +190,7 @@ def test_a_clean_end_leaves_no_process_and_no_verdict(n_ranks: int, job: StartJo
     assert not list(started.folder.glob("logs/stacks-*"))
 
 
-@pytest.mark.parametrize(("n_ranks", "victim"), [(1, 0), (2, 0), (4, random.Random().randrange(1, 4))])
+@pytest.mark.parametrize(("n_ranks", "victim"), [(1, 0), (2, 0), (4, 1), (4, 3)])
 def test_a_killed_rank_ends_the_job_within_five_seconds(
     n_ranks: int, victim: int, job: StartJob, slowness: float
 ) -> None:
