@@ -15,6 +15,7 @@ class Row(NamedTuple):
     says: str
     options: dict[str, Any]
     is_quick: bool = False
+    norm_tolerance: float = 5e-6  # relative
 
     @property
     def name(self) -> str:
@@ -26,14 +27,16 @@ def row(ranks: int, says: str, *, quick: bool = False, **options: Any) -> Row:
     """`says` is what people call the layout; keys without a section belong to `parallel`."""
     sections = {f"parallel__{key}" if key in ("tp", "pp", "vpp", "cp", "sp") else key: v for key, v in options.items()}
     tp, pp, cp = (options.get(key, 1) for key in ("tp", "pp", "cp"))
-    # Two micro-batches a rank, or one per stage: gloo takes 2 to 6 ms for a collective, whatever its size.
-    sections["train__micro_batch"] = ROWS_OF_A_STEP // (ranks // (tp * pp * cp)) // max(2, pp)
+    # Two micro-batches a rank, or one per stage: gloo takes 2 to 6 ms for a collective, whatever its size. Interleaved
+    # stages get twice as many, because only then do messages of two micro-batches meet.
+    n_micro = max(2, pp) * (2 if "vpp" in options else 1)
+    sections["train__micro_batch"] = ROWS_OF_A_STEP // (ranks // (tp * pp * cp)) // n_micro
     return Row(ranks, says, sections, quick)
 
 
 def with_kind(kind: str, rows: list[Row]) -> list[Row]:
     """The same layouts for another kind of model."""
-    return [Row(ranks, f"{kind} {says}", {**options, "model__kind": kind}) for ranks, says, options, _ in rows]
+    return [Row(ranks, f"{kind} {says}", {**options, "model__kind": kind}) for ranks, says, options, *_ in rows]
 
 
 _UNTIED = {"model__tied": False}
@@ -78,10 +81,10 @@ MAIN = [
 ]
 
 VARIANTS = [
-    *(Row(ranks, f"untied {says}", {**options, **_UNTIED}) for ranks, says, options, _ in MAIN),
+    *(Row(ranks, f"untied {says}", {**options, **_UNTIED}) for ranks, says, options, *_ in MAIN),
     *(
         Row(ranks, f"whole windows {says}", {**options, "data__document_mask": False})
-        for ranks, says, options, _ in MAIN
+        for ranks, says, options, *_ in MAIN
     ),
     row(2, "recompute selective tp2 sp", tp=2, sp=True, train__recompute="selective"),
     row(2, "recompute full cp2", cp=2, train__recompute="full"),
@@ -92,7 +95,10 @@ VARIANTS = [
     *with_kind("hybrid", MAIN),
     # One group of B and C for all heads: context-parallel ranks share it.
     row(2, "mamba2 one group cp2", cp=2, model__kind="mamba2", model__ssm_groups=1),
-    row(4, "mamba2 two groups tp2 cp2", tp=2, cp=2, model__kind="mamba2", model__ssm_groups=2),
+    # Rounding grows on this path: one rank with other micro-batches is 7e-6 from itself at step 20, 4e-8 at step 1.
+    row(4, "mamba2 two groups tp2 cp2", tp=2, cp=2, model__kind="mamba2", model__ssm_groups=2)._replace(
+        norm_tolerance=1e-5
+    ),
 ]
 
 ROWS = LAYOUTS + VARIANTS

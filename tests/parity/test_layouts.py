@@ -15,7 +15,7 @@ from tests.parity.matrix import BF16, ROWS, Row
 # One worker runs all jobs of several ranks: two at once would only wait for each other.
 pytestmark = pytest.mark.xdist_group("ranks")
 N_STEPS = 20
-LOSS_TOLERANCE, NORM_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 5e-6, 1e-5  # relative; the last one per tensor, L2
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5  # relative; the second per tensor, L2
 BF16_LOSS_BAND, BF16_NORM_BAND = 1e-2, 5e-2  # of the fp32 numbers of one rank
 LAYOUT_KEYS = ("parallel__", "zero__", "train__")
 
@@ -70,7 +70,7 @@ def test_layout_equals_one_rank(row: Row, layout_report: dict[str, dict[str, Any
         "seconds": round(seconds, 1),
     }
     summary = f"loss {loss:.1e}, norm {norm:.1e}, gradient of {worst} {errors[worst]:.1e}"
-    assert loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE and errors[worst] <= GRADIENT_TOLERANCE, summary
+    assert loss <= LOSS_TOLERANCE and norm <= row.norm_tolerance and errors[worst] <= GRADIENT_TOLERANCE, summary
     assert min(wanted.norms) > rig.config_of().optim.clip  # pyright: ignore[reportOperatorIssue]  # clipping is active
 
 
