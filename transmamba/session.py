@@ -90,7 +90,7 @@ def _opened(config: Config, report: Report, outcome: Outcome) -> Iterator[tuple[
 
     Everything before the run folder exists may refuse without leaving a trace; from then on all is on record.
     """
-    manifests = _open_data(config, report)
+    manifests = _open_data(config)
     manifest = manifests["train"]
     with groups.joined(config.parallel) as topology:
         checkpoint, rejected = None, []
@@ -156,7 +156,7 @@ def _write_to(log: Path) -> None:
             os.dup2(file.fileno(), stream.fileno())
 
 
-def _open_data(config: Config, report: Report) -> dict[str, Manifest]:
+def _open_data(config: Config) -> dict[str, Manifest]:
     """Manifests by name, "train" first; builds the default corpus at first use.
 
     Raises:

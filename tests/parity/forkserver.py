@@ -7,7 +7,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 PRELOAD = ["megatron.core.pipeline_parallel.schedules", "deepspeed", "transmamba.session", "tests.parity.rig"]
@@ -75,8 +74,3 @@ def _rank(rank: int, world_size: int, store: str, function: Callable[..., Any], 
         dist.destroy_process_group()
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))
-
-
-def module_folder() -> Path:
-    """Where this file lies."""
-    return Path(__file__).parent

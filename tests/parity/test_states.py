@@ -18,7 +18,7 @@ AT, LAST = 3, 7  # four steps after the resumption: lost moments do not show in 
 TP2, DP2_ZERO3 = row(2, "tp2", tp=2), row(2, "dp2 zero3", zero__stage=3)
 TP2_PP2, ONE = row(4, "tp2 pp2", tp=2, pp=2), row(1, "one rank", zero__stage=1)
 CP2_DP2, TP2_DP2 = row(4, "cp2 dp2 zero2", cp=2, zero__stage=2), row(4, "tp2 dp2 zero1", tp=2)
-DP3 = row(2, "dp2 zero1 bf16", precision="bf16")
+DP2_BF16 = row(2, "dp2 zero1 bf16", precision="bf16")
 
 PAIRS = [
     pytest.param(TP2, TP2, id="tp2-itself"),
@@ -30,7 +30,7 @@ PAIRS = [
     pytest.param(CP2_DP2, CP2_DP2, id="cp2dp2zero2-itself", marks=pytest.mark.long),
     pytest.param(TP2_DP2, TP2_DP2, id="tp2dp2zero1-itself", marks=pytest.mark.long),
     pytest.param(DP2_ZERO3, DP2_ZERO3, id="dp2zero3-itself", marks=pytest.mark.long),
-    pytest.param(DP3, DP3, id="bf16dp2-itself", marks=pytest.mark.long),
+    pytest.param(DP2_BF16, DP2_BF16, id="bf16dp2-itself", marks=pytest.mark.long),
 ]
 
 
