@@ -126,14 +126,6 @@ def traffic(config: Config, *, n_vocab_rows: int, pipeline_rank: int, layers: Se
     return [entry for entry in entries if members[entry.group] > 1 and entry.bytes > 0]
 
 
-def parameters_on_rank(
-    config: Config, *, n_vocab_rows: int, pipeline_rank: int, layers: Sequence[int]
-) -> tuple[int, int]:
-    """(parameter tensors, numbers in them) of a rank; arguments and errors as in `traffic`."""
-    held = weights_on_rank(config, n_vocab_rows=n_vocab_rows, pipeline_rank=pipeline_rank, layers=layers)
-    return len(held), sum(weight.size for weight in held)
-
-
 def weights_on_rank(config: Config, *, n_vocab_rows: int, pipeline_rank: int, layers: Sequence[int]) -> list[Weight]:
     """The parameter tensors of a rank, in the order of the model; arguments and errors as in `traffic`.
 

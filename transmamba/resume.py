@@ -79,8 +79,7 @@ def restore(checkpoint: Checkpoint, chunks: Sequence[nn.Module], optimizer: Opti
     """Fill this rank's weights, masters, moments and buffers from a checkpoint of any layout."""
 
     def own_slice(name: str, kind: str, dim: int | None) -> Tensor:
-        whole = checkpoint.shaped(name, kind)
-        return whole if dim is None else whole.chunk(shards.tp, dim)[shards.tp_rank]
+        return shards.slice_of(checkpoint.shaped(name, kind), dim)
 
     with torch.no_grad():
         for chunk in chunks:

@@ -84,16 +84,16 @@ MUTATIONS = [
     Mutation(
         "every tp rank starts from the first shard",
         "tp2",
-        "transmamba.model.init",
-        "whole.chunk(shards.tp, dim)[shards.tp_rank]",
-        "whole.chunk(shards.tp, dim)[0]",
+        _SHARDS,
+        "whole.chunk(self.tp, dim)[self.tp_rank]",
+        "whole.chunk(self.tp, dim)[0]",
     ),
     Mutation(
         "two shards swapped",
         "tp2",
-        "transmamba.model.init",
-        "whole.chunk(shards.tp, dim)[shards.tp_rank]",
-        "whole.chunk(shards.tp, dim)[shards.tp - 1 - shards.tp_rank]",
+        _SHARDS,
+        "whole.chunk(self.tp, dim)[self.tp_rank]",
+        "whole.chunk(self.tp, dim)[self.tp - 1 - self.tp_rank]",
     ),
     Mutation(
         "layers named by their place in the stage",

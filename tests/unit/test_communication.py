@@ -2,16 +2,23 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from transmamba.communication import Traffic, memory, parameters_on_rank, traffic, weights_on_rank
+from transmamba.communication import Traffic, memory, traffic, weights_on_rank
 from transmamba.config import Config
 from transmamba.costs import embedding_parameters, layer_parameters
 from transmamba.transpoint import layer_kinds
 
 # b windows of T tokens in a micro-batch, m of these in a step of one replica; rows of the embedding; D model width.
 T, b, m, ROWS, D = 64, 2, 3, 256, 32
+
+
+def parameters_on_rank(config: Config, **where: Any) -> tuple[int, int]:
+    """(tensors, numbers in them) of a rank."""
+    weights = weights_on_rank(config, **where)
+    return len(weights), sum(weight.size for weight in weights)
 
 
 def config_of(

@@ -61,7 +61,7 @@ def initialise(
     for name, tensor, dim in named_slices(module):
         whole_name = global_name(prefix + name, tied)
         whole = initial(whole_name, global_shape(tensor.shape, dim, shards.tp), config, seed)
-        tensor.copy_(whole if dim is None else whole.chunk(shards.tp, dim)[shards.tp_rank])
+        tensor.copy_(shards.slice_of(whole, dim))
 
 
 def named_slices(module: nn.Module) -> Iterator[tuple[str, Tensor, int | None]]:

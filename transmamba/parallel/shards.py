@@ -52,6 +52,10 @@ class Shards:
             mark_split(parameter, dim, self.tp)
         return module
 
+    def slice_of(self, whole: Tensor, dim: int | None) -> Tensor:
+        """This rank's slice of a global tensor that is cut along `dim`; all of it where it is not cut."""
+        return whole if dim is None else whole.chunk(self.tp, dim)[self.tp_rank]
+
     def replicated(self, module: AnyModule) -> AnyModule:
         """Weights that every tp rank holds whole; returns the module.
 
