@@ -46,6 +46,7 @@ class Documents:
         n_rows, n_tokens: sizes B and T.
         starts: per row the sorted start offsets.
         pos_BT: int64 offset of every token in its document.
+        start_BT: int32 column at which every token's document starts.
         reset_BT: True at every document start, column 0 included.
         is_whole: every row is one document.
     """
@@ -62,7 +63,9 @@ class Documents:
                 reset_BT[row, list(offsets)] = True
         column_T = torch.arange(n_tokens)
         start_BT = torch.where(reset_BT, column_T, 0).cummax(dim=1).values if n_tokens else column_T
-        self.pos_BT = (column_T - start_BT).expand(self.n_rows, n_tokens).to(device)
+        start_BT = start_BT.expand(self.n_rows, n_tokens)
+        self.pos_BT = (column_T - start_BT).to(device)
+        self.start_BT = start_BT.to(torch.int32).contiguous().to(device)
         self.reset_BT = reset_BT.to(device)
         self._prefixes: dict[int, PrefixPlan] = {}
         self._edges: dict[int, tuple[list[int], Tensor, Tensor]] = {}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from transmamba.kernels.documents import Documents, PrefixPlan
 from transmamba.kernels.rope import rope
@@ -24,7 +24,7 @@ def prefix_attention(
     scale: float | None = None,
     rope_theta: float | None = None,
 ) -> Tensor:
-    """Causal softmax attention inside each document for its tokens with `pos < prefix`, zeros elsewhere.
+    """Causal softmax attention inside each document for its tokens with `pos < prefix`.
 
     Documents of several lengths are batched by padded length; no mask of T x T is ever made.
     Source: TransMamba, arXiv 2503.24067, table 1 (the attention reading of the shared weights).
@@ -38,7 +38,8 @@ def prefix_attention(
             tokens that attend are rotated.
 
     Returns:
-        y_BTHV in the dtype of `v_BTHV`.
+        y_BPHV in the dtype of `v_BTHV`: the tokens before the prefix ends, where rows are one document; otherwise
+        whole rows, zeros where a token does not attend.
 
     Raises:
         ValueError: shapes disagree with each other or with `documents`.
@@ -50,8 +51,7 @@ def prefix_attention(
     scale = 1.0 / math.sqrt(q_BTHN.shape[-1]) if scale is None else scale
     if documents.is_whole:
         P = int(min(max(prefix, 0), documents.n_tokens))
-        y_BPHV = _attend(q_BTHN[:, :P], k_BTHN[:, :P], v_BTHV[:, :P], scale, rope_theta)
-        return y_BPHV if documents.n_tokens == P else pad(y_BPHV, (0, 0, 0, 0, 0, documents.n_tokens - P))
+        return _attend(q_BTHN[:, :P], k_BTHN[:, :P], v_BTHV[:, :P], scale, rope_theta)
     plan = documents.prefix(prefix)
     q, k, v = (_Take.apply(stream.flatten(0, 1), plan) for stream in (q_BTHN, k_BTHN, v_BTHV))
     sizes = [n_prefixes * padded for n_prefixes, padded in plan.buckets]

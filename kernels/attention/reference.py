@@ -17,7 +17,7 @@ def attention_loop(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """y_t = sum over j <= t in the document of softmax_j(scale * q_t.k_j) v_j where `pos < prefix`, else 0.
+    """y_t = sum over j <= t in the document of softmax_j(scale * q_t.k_j) v_j where `pos < prefix`.
 
     Source: TransMamba, arXiv 2503.24067, table 1. Shapes as in `prefix_attention`.
     """
@@ -29,4 +29,4 @@ def attention_loop(
             keys = k_BTHN[row, start : t + 1]
             logits = torch.einsum("hn,jhn->jh", q_BTHN[row, t], keys) * factor
             y_BTHV[row, t] = torch.einsum("jh,jhv->hv", logits.softmax(0), v_BTHV[row, start : t + 1])
-    return y_BTHV
+    return y_BTHV[:, : int(min(prefix, documents.n_tokens))] if documents.is_whole else y_BTHV

@@ -16,9 +16,11 @@ def scan_loop(
     A_H: Tensor,
     *,
     D_H: Tensor | None = None,
+    dt_bias_H: Tensor | None = None,
     initial_state_BHNV: Tensor | None = None,
     documents: Documents | None = None,
-    first_output: int = 0,
+    transpoint: int | float = 0,
+    before_BPHV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(dt_t A) S_{t-1} + dt_t b_t x_t^T and y_t = c_t^T S_t + D x_t, token by token.
 
@@ -31,6 +33,8 @@ def scan_loop(
     work = torch.float64 if x_BTHV.dtype == torch.float64 else torch.float32
     c_BTHN, b_BTHN = (stream.to(work).repeat_interleave(n_shared, 2) for stream in (c_BTGN, b_BTGN))
     x, dt, A = x_BTHV.to(work), dt_BTH.to(work), A_H.to(work)
+    if dt_bias_H is not None:
+        dt = torch.log1p(torch.exp(dt + dt_bias_H.to(work)))
     if initial_state_BHNV is None:
         state_BHNV = x.new_zeros(x.shape[0], n_heads, b_BTGN.shape[3], n_values)
     else:
@@ -46,6 +50,10 @@ def scan_loop(
         read_BHV = torch.einsum("bhn,bhnv->bhv", c_BTHN[:, t], state_BHNV)
         if D_H is not None:
             read_BHV = read_BHV + D_H.to(work)[:, None] * x[:, t]
-        y.append(read_BHV if t >= first_output else torch.zeros_like(read_BHV))
+        pos_B = torch.full((x.shape[0],), t) if documents is None else documents.pos_BT[:, t]
+        given_BHV = torch.zeros_like(read_BHV)
+        if before_BPHV is not None and t < before_BPHV.shape[1]:
+            given_BHV = before_BPHV[:, t].to(work)
+        y.append(torch.where((pos_B < transpoint)[:, None, None], given_BHV, read_BHV))
     y_BTHV = torch.stack(y, dim=1) if y else torch.zeros_like(x)
     return y_BTHV.to(x_BTHV.dtype), state_BHNV

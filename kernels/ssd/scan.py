@@ -1,16 +1,20 @@
-"""Public scan operations: input checks, the autograd node, and the single-token step."""
+"""Public scan operations: input checks, and the autograd node of either device."""
 
 # B batch, T tokens, H heads, G groups of B and C, N key/state width, V value width.
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad, softplus
 
+from transmamba.kernels import backend
 from transmamba.kernels.documents import Documents
 from transmamba.kernels.ssd.chunked import Kept, scan_backward, scan_forward
 from transmamba.kernels.ssd.slabs import Streams, working_dtype
+from transmamba.kernels.ssd.triton_scan import WIDEST_STATE, Problem, room_like, triton_backward, triton_forward
 
 
 def ssd_scan(
@@ -21,44 +25,63 @@ def ssd_scan(
     A_H: Tensor,
     *,
     D_H: Tensor | None = None,
+    dt_bias_H: Tensor | None = None,
     initial_state_BHNV: Tensor | None = None,
     documents: Documents | None = None,
-    first_output: int = 0,
+    transpoint: int | float = 0,
+    before_BPHV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective state-space scan: S_t = exp(dt_t A) S_{t-1} + dt_t b_t x_t^T, y_t = c_t^T S_t + D x_t.
 
-    Source: Mamba-2, arXiv 2405.21060; with `first_output` at the TransPoint, the Memory Converter and the
-    scan behind it of TransMamba, arXiv 2503.24067, equations 7 to 9, in one pass.
+    Source: Mamba-2, arXiv 2405.21060; with a TransPoint, the Memory Converter and the scan behind it of
+    TransMamba, arXiv 2503.24067, equations 7 to 9, in one pass.
 
     Args:
         c_BTGN, b_BTGN: what tokens read and where they write; G divides H, group g serves heads g * H / G on.
         x_BTHV: values.
-        dt_BTH: step sizes after softplus, > 0, float32 (float64 for float64 values).
+        dt_BTH: step sizes > 0; with `dt_bias_H` what they are made of: dt = softplus(dt_BTH + dt_bias_H), in float32
+            (float64 for float64 values).
         A_H: decay rates per head, < 0.
         D_H: skip weights per head.
         initial_state_BHNV: state before the row. A document that starts at column 0 drops it, so with
             `documents` it has no effect.
         documents: boundaries at which the state starts from zero.
-        first_output: outputs before this token are not wanted: they are returned as zeros, send no gradient,
-            and their tokens only build state.
+        transpoint: tokens whose offset in their document (in the row, without documents) is below it only build
+            state: 0 to inf. They return what `before_BPHV` holds.
+        before_BPHV: values for the tokens before the TransPoint, in the row's first P columns; P reaches the last
+            of them. Default zeros.
 
     Returns:
         y_BTHV in the dtype of `x_BTHV`; the state after the last token, float32 (float64 for float64 values).
 
     Raises:
-        ValueError: shapes disagree, G does not divide H, or `first_output` is not in 0..T.
+        ValueError: shapes disagree, G does not divide H, or `transpoint` is negative.
     """
     streams = Streams(c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H, D_H)
-    _check(streams, initial_state_BHNV, documents, first_output)
-    n_rows, _, n_heads, n_values = x_BTHV.shape
+    _check(streams, dt_bias_H, initial_state_BHNV, documents, transpoint)
+    if documents is not None and initial_state_BHNV is not None and x_BTHV.shape[1]:
+        initial_state_BHNV = initial_state_BHNV.masked_fill(documents.reset_BT[:, 0, None, None, None], 0)
+    if documents is not None and documents.is_whole:
+        documents = None
+    n_rows, n_tokens, n_heads, n_values = x_BTHV.shape
+    P = math.ceil(min(transpoint, n_tokens))
+    first_output = P if documents is None else documents.first_output(P)
+    if before_BPHV is not None:
+        _check_before(before_BPHV, x_BTHV, P if documents is None else n_tokens * (P > 0))
     work = working_dtype(x_BTHV.dtype)
+    if x_BTHV.numel() and backend.runs_triton(x_BTHV) and c_BTGN.shape[3] <= WIDEST_STATE:
+        problem = Problem(dt_bias_H, documents, P, first_output)
+        return _TritonScan.apply(*streams, initial_state_BHNV, dt_bias_H, before_BPHV, problem, torch.is_grad_enabled())
+    if dt_bias_H is not None:
+        streams = streams._replace(dt_BTH=softplus(dt_BTH.to(work) + dt_bias_H.to(work)))
     if initial_state_BHNV is None:
         state_BHNV = x_BTHV.new_zeros(n_rows, n_heads, b_BTGN.shape[3], n_values, dtype=work)
     else:
         state_BHNV = initial_state_BHNV.to(work)
-        if documents is not None and documents.n_tokens:
-            state_BHNV = state_BHNV.masked_fill(documents.reset_BT[:, 0, None, None, None], 0)
-    return _Scan.apply(*streams, state_BHNV, documents, first_output, torch.is_grad_enabled())
+    y_BTHV, state_BHNV = _Scan.apply(*streams, state_BHNV, documents, first_output, torch.is_grad_enabled())
+    if P > 0 and (documents is not None or before_BPHV is not None):
+        y_BTHV = _with_before(y_BTHV, before_BPHV, documents, P)
+    return y_BTHV, state_BHNV
 
 
 def final_state(
@@ -67,6 +90,7 @@ def final_state(
     dt_BTH: Tensor,
     A_H: Tensor,
     *,
+    dt_bias_H: Tensor | None = None,
     initial_state_BHNV: Tensor | None = None,
     documents: Documents | None = None,
 ) -> Tensor:
@@ -83,50 +107,35 @@ def final_state(
         x_BTHV,
         dt_BTH,
         A_H,
+        dt_bias_H=dt_bias_H,
         initial_state_BHNV=initial_state_BHNV,
         documents=documents,
-        first_output=x_BTHV.shape[1],
+        transpoint=math.inf,
     )[1]
 
 
-def ssd_step(
-    state_BHNV: Tensor,
-    c_BGN: Tensor,
-    b_BGN: Tensor,
-    x_BHV: Tensor,
-    dt_BH: Tensor,
-    A_H: Tensor,
-    *,
-    D_H: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One token of the scan, for decoding.
-
-    Args:
-        state_BHNV: state before the token, float32 or float64; kept unchanged.
-        c_BGN, b_BGN, x_BHV, dt_BH, A_H, D_H: as in `ssd_scan`, without the token axis.
-
-    Returns:
-        y_BHV in the dtype of `x_BHV`; the state after the token in the dtype of `state_BHNV`.
-
-    Raises:
-        ValueError: G does not divide H.
-    """
-    n_heads, work = x_BHV.shape[1], state_BHNV.dtype
-    if n_heads % b_BGN.shape[1]:
-        raise ValueError(f"{b_BGN.shape[1]} groups do not divide {n_heads} heads")
-    n_shared = n_heads // b_BGN.shape[1]
-    c_BHN, b_BHN = (stream.to(work).repeat_interleave(n_shared, 1) for stream in (c_BGN, b_BGN))
-    x, dt = x_BHV.to(work), dt_BH.to(work)
-    decay_BH = (dt * A_H.to(work)).exp()
-    write_BHNV = b_BHN[..., None] * (dt[..., None] * x)[..., None, :]
-    state_BHNV = torch.addcmul(write_BHNV, state_BHNV, decay_BH[..., None, None])
-    y_BHV = (c_BHN[..., None, :] @ state_BHNV).squeeze(-2)
-    if D_H is not None:
-        y_BHV = y_BHV + D_H.to(work)[:, None] * x
-    return y_BHV.to(x_BHV.dtype), state_BHNV
+def _with_before(y_BTHV: Tensor, before_BPHV: Tensor | None, documents: Documents | None, P: int) -> Tensor:
+    """Outputs of the tokens from the TransPoint on; of those before it, what they were given, or zeros."""
+    if documents is None:
+        assert before_BPHV is not None
+        return torch.cat([before_BPHV[:, :P], y_BTHV[:, P:]], dim=1)
+    is_before_BT11 = (documents.pos_BT < P)[..., None, None]
+    return y_BTHV.masked_fill(is_before_BT11, 0) if before_BPHV is None else before_BPHV.where(is_before_BT11, y_BTHV)
 
 
-def _check(streams: Streams, state: Tensor | None, documents: Documents | None, first_output: int) -> None:
+def _check_before(before: Tensor, x: Tensor, n_least: int) -> None:
+    fits = before.dim() == 4 and before.shape[0] == x.shape[0] and before.shape[2:] == x.shape[2:]
+    if not fits or not n_least <= before.shape[1] <= x.shape[1]:
+        raise ValueError(f"before {tuple(before.shape)}, need {n_least} or more columns of x {tuple(x.shape)}")
+
+
+def _check(
+    streams: Streams,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    documents: Documents | None,
+    transpoint: int | float,
+) -> None:
     c, b, x, dt, A, D = streams
     if c.dim() != 4 or x.dim() != 4:
         raise ValueError(f"the scan needs 4-dimensional c and x, got {tuple(c.shape)} and {tuple(x.shape)}")
@@ -139,12 +148,14 @@ def _check(streams: Streams, state: Tensor | None, documents: Documents | None, 
         raise ValueError(f"{c.shape[2]} groups do not divide {n_heads} heads")
     if A.shape != (n_heads,) or (D is not None and D.shape != (n_heads,)):
         raise ValueError(f"A {tuple(A.shape)} and D must have one entry for each of {n_heads} heads")
+    if dt_bias is not None and dt_bias.shape != (n_heads,):
+        raise ValueError(f"dt_bias {tuple(dt_bias.shape)}, need one entry for each of {n_heads} heads")
     if state is not None and state.shape != (n_rows, n_heads, c.shape[3], n_values):
         raise ValueError(f"initial state {tuple(state.shape)}, need {(n_rows, n_heads, c.shape[3], n_values)}")
     if documents is not None and (documents.n_rows, documents.n_tokens) != (n_rows, n_tokens):
         raise ValueError(f"documents of {documents.n_rows} rows of {documents.n_tokens} for x {tuple(x.shape)}")
-    if not 0 <= first_output <= n_tokens:
-        raise ValueError(f"first_output {first_output} is outside 0..{n_tokens}")
+    if not transpoint >= 0:
+        raise ValueError(f"transpoint {transpoint} is negative")
 
 
 class _NodeGrads(NamedTuple):
@@ -199,4 +210,80 @@ class _Scan(torch.autograd.Function):
             found.A_H.to(streams.A_H.dtype),
             None if streams.D_H is None else found.D_H.to(streams.D_H.dtype),
             found.initial_state_BHNV,
+        )
+
+
+class _TritonScanGrads(NamedTuple):
+    c_BTGN: Tensor
+    b_BTGN: Tensor
+    x_BTHV: Tensor
+    dt_BTH: Tensor
+    A_H: Tensor
+    D_H: Tensor | None
+    initial_state_BHNV: Tensor | None
+    dt_bias_H: Tensor | None
+    before_BPHV: Tensor | None
+    problem: None = None
+    keep: None = None
+
+
+class _TritonScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        c_BTGN: Tensor,
+        b_BTGN: Tensor,
+        x_BTHV: Tensor,
+        dt_BTH: Tensor,
+        A_H: Tensor,
+        D_H: Tensor | None,
+        initial_state_BHNV: Tensor | None,
+        dt_bias_H: Tensor | None,
+        before_BPHV: Tensor | None,
+        problem: Problem,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        streams = Streams(c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H, D_H)
+        y_BTHV = room_like(x_BTHV, x_BTHV.shape)
+        n_before = x_BTHV.shape[1] if problem.documents is not None and problem.transpoint else problem.transpoint
+        if before_BPHV is None:
+            y_BTHV[:, :n_before].zero_()
+        else:
+            y_BTHV[:, :n_before].copy_(before_BPHV[:, :n_before])
+        keep = keep and any(ctx.needs_input_grad)
+        final_BHNV, states = triton_forward(streams, problem, initial_state_BHNV, y_BTHV, keep)
+        ctx.save_for_backward(*streams, dt_bias_H, states)
+        ctx.problem, ctx.before_shape = problem, None if before_BPHV is None else before_BPHV.shape
+        ctx.state_dtype = None if initial_state_BHNV is None else initial_state_BHNV.dtype
+        ctx.set_materialize_grads(False)
+        return y_BTHV, final_BHNV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> _TritonScanGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy_BTHV, dstate_BHNV = grads
+        *streams, dt_bias_H, states = ctx.saved_tensors
+        streams = Streams(*streams)
+        problem = ctx.problem._replace(dt_bias_H=dt_bias_H)
+        if dy_BTHV is None:
+            dy_BTHV = torch.zeros_like(streams.x_BTHV)
+        found = triton_backward(streams, problem, states, dy_BTHV, dstate_BHNV)
+        dbefore_BPHV = None
+        if ctx.before_shape is not None:
+            n_columns = ctx.before_shape[1]
+            dbefore_BPHV = dy_BTHV[:, : problem.transpoint]
+            if problem.documents is not None:
+                is_after = (problem.documents.pos_BT >= problem.transpoint)[..., None, None]
+                dbefore_BPHV = dy_BTHV.masked_fill(is_after, 0)[:, :n_columns]
+            dbefore_BPHV = pad(dbefore_BPHV, (0, 0, 0, 0, 0, n_columns - dbefore_BPHV.shape[1]))
+        return _TritonScanGrads(
+            found.c_BTGN,
+            found.b_BTGN,
+            found.x_BTHV,
+            found.dt_BTH,
+            found.A_H.to(streams.A_H.dtype),
+            None if streams.D_H is None else found.D_H.to(streams.D_H.dtype),
+            None if ctx.state_dtype is None else found.initial_state_BHNV.to(ctx.state_dtype),
+            None if dt_bias_H is None else found.dt_bias_H.to(dt_bias_H.dtype),
+            dbefore_BPHV,
         )

@@ -48,7 +48,7 @@ def check(inputs: dict[str, Tensor], tol: float | None = None, **options: object
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "first_output", "starts"),
+    ("n_tokens", "transpoint", "starts"),
     [
         (150, 0, None),
         (64, 0, None),
@@ -63,9 +63,9 @@ def check(inputs: dict[str, Tensor], tol: float | None = None, **options: object
         (90, 10, [[0], [0]]),
     ],
 )
-def test_scan_matches_the_token_loop(n_tokens: int, first_output: int, starts: list[list[int]] | None) -> None:
+def test_scan_matches_the_token_loop(n_tokens: int, transpoint: int, starts: list[list[int]] | None) -> None:
     documents = None if starts is None else Documents.from_starts(starts, n_tokens)
-    check(streams(n_tokens=n_tokens), documents=documents, first_output=first_output)
+    check(streams(n_tokens=n_tokens), documents=documents, transpoint=transpoint)
 
 
 @settings(derandomize=True, max_examples=12, deadline=None)
@@ -85,19 +85,19 @@ def test_scan_matches_the_token_loop_at_any_size(data: st.DataObject) -> None:
         n_state=data.draw(st.integers(1, 5)),
         n_values=data.draw(st.integers(1, 5)),
     )
-    check(inputs, documents=documents, first_output=data.draw(st.integers(0, n_tokens)))
+    check(inputs, documents=documents, transpoint=data.draw(st.integers(0, n_tokens)))
 
 
 @pytest.mark.parametrize("slab_elements", [1, 1 << 14])
 def test_slab_size_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch, slab_elements: int) -> None:
     monkeypatch.setattr(slabs, "SLAB_ELEMENTS", slab_elements)
-    check(streams(n_tokens=700), documents=Documents.from_starts([[0, 300], [0, 64, 500]], 700), first_output=90)
+    check(streams(n_tokens=700), documents=Documents.from_starts([[0, 300], [0, 64, 500]], 700), transpoint=90)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scan_keeps_precision_and_dtypes(dtype: torch.dtype) -> None:
     inputs = streams(dtype, n_tokens=300)
-    found = check(inputs, documents=Documents.from_starts([[0, 70], [0]], 300), first_output=20)
+    found = check(inputs, documents=Documents.from_starts([[0, 70], [0]], 300), transpoint=20)
     assert found["output 0"].dtype == dtype and found["output 1"].dtype == torch.float32
     for name, value in inputs.items():
         assert found[f"gradient of {name}"].dtype == value.dtype
@@ -134,7 +134,7 @@ def test_gradcheck_passes() -> None:
         for name, value in streams(n_rows=1, n_tokens=9, n_heads=2, n_groups=1, n_state=2, n_values=3).items()
     }
     documents = Documents.from_starts([[0, 4]], 9)
-    for options in ({}, {"documents": documents}, {"first_output": 5}):
+    for options in ({}, {"documents": documents}, {"transpoint": 5}):
 
         def scan(*values: Tensor, options: dict[str, Any] = options) -> tuple[Tensor, Tensor]:
             return ssd_scan(**dict(zip(inputs, values, strict=True)), **options)  # pyright: ignore[reportArgumentType]
@@ -152,7 +152,7 @@ def test_memory_converter_is_lossless_at_every_transpoint(prefix: int) -> None:
     y_after, last_after = ssd_scan(**{**after, "initial_state_BHNV": state})
     assert_close(y_after, y_BTHV[:, prefix:])
     assert_close(last_after, last_BHNV)
-    y_masked, last_masked = ssd_scan(**inputs, first_output=prefix)
+    y_masked, last_masked = ssd_scan(**inputs, transpoint=prefix)
     assert_close(y_masked[:, prefix:], y_BTHV[:, prefix:])
     assert_close(last_masked, last_BHNV)
     assert not y_masked[:, :prefix].any()
@@ -194,7 +194,7 @@ def test_no_value_leaks_forward_in_time_or_across_documents() -> None:
 
 def test_outputs_that_are_not_wanted_send_no_gradient() -> None:
     inputs = {name: value.requires_grad_() for name, value in streams().items()}
-    y_BTHV, _ = ssd_scan(**inputs, first_output=80)
+    y_BTHV, _ = ssd_scan(**inputs, transpoint=80)
     y_BTHV[:, :80].sum().backward()
     for name, value in inputs.items():
         assert value.grad is not None and not value.grad.any(), name
@@ -255,8 +255,9 @@ def test_tolerance_for_float32_is_far_below_a_percent() -> None:
         ({"D_H": torch.ones(3)}, "one entry for each of 4 heads"),
         ({"initial_state_BHNV": torch.ones(2, 4, 6, 5)}, "initial state"),
         ({"documents": Documents.whole(2, 9)}, "documents of 2 rows of 9"),
-        ({"first_output": 9}, "first_output 9 is outside 0..8"),
-        ({"first_output": -1}, "first_output -1 is outside"),
+        ({"transpoint": -1}, "transpoint -1 is negative"),
+        ({"dt_bias_H": torch.ones(3)}, "dt_bias"),
+        ({"transpoint": 5, "before_BPHV": torch.ones(2, 4, 4, 6)}, "need 5 or more columns"),
         ({"x_BTHV": torch.ones(2, 8, 4)}, "4-dimensional"),
     ],
 )

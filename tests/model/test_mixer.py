@@ -112,8 +112,8 @@ def _without_dt(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = mixing.ssd_scan
 
     def forgetful(**streams: Any) -> tuple[Tensor, Tensor]:
-        first = streams["first_output"]
-        x = streams["x_BTHV"] / streams["dt_BTH"][..., None]
+        first = math.ceil(streams["transpoint"])
+        x = streams["x_BTHV"] / torch.nn.functional.softplus(streams["dt_BTH"] + streams["dt_bias_H"])[..., None]
         x = torch.cat([x[:, :first], streams["x_BTHV"][:, first:]], dim=1)
         return scan(**{**streams, "x_BTHV": x})
 
@@ -124,7 +124,7 @@ def _with_zero_state(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = mixing.ssd_scan
 
     def amnesic(**streams: Any) -> tuple[Tensor, Tensor]:
-        first = streams["first_output"]
+        first = math.ceil(streams["transpoint"])
         kept = torch.cat([torch.zeros_like(streams["x_BTHV"][:, :first]), streams["x_BTHV"][:, first:]], dim=1)
         return scan(**{**streams, "x_BTHV": kept})
 
@@ -146,7 +146,7 @@ def _with_rotated_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = mixing.ssd_scan
 
     def rotated(**streams: Any) -> tuple[Tensor, Tensor]:
-        first, keys = streams["first_output"], streams["b_BTGN"]
+        first, keys = math.ceil(streams["transpoint"]), streams["b_BTGN"]
         pos_BT = torch.arange(keys.shape[1])[None]
         keys = torch.cat([mixing.rope(keys, pos_BT, 10000.0)[:, :first], keys[:, first:]], dim=1)
         return scan(**{**streams, "b_BTGN": keys})

@@ -16,6 +16,7 @@ class Mutation(NamedTuple):
 _SHARDS = "transmamba.parallel.shards"
 _MODEL = "transmamba.model.model"
 _LOSS = "transmamba.parallel.loss"
+_CROSS_ENTROPY = "transmamba.kernels.cross_entropy.loss"
 
 MUTATIONS = [
     Mutation(
@@ -120,20 +121,26 @@ MUTATIONS = [
         "targets looked up by global id",
         "tp2",
         _LOSS,
-        "entry_TB = targets_TB - shards.tp_rank * n_entries",
+        "entry_TB = targets_TB - shards.tp_rank * weight_ED.shape[0]",
         "entry_TB = targets_TB",
     ),
     Mutation(
         "largest logit of this rank only",
         "tp2",
         _LOSS,
-        "shards.max_over_tp(logits_TBE.amax(-1))",
-        "logits_TBE.amax(-1)",
+        "max_over_ranks=shards.max_over_tp",
+        "max_over_ranks=lambda own: own",
     ),
     Mutation(
-        "partition of this rank only", "tp2", _LOSS, "shards.sum_over_tp(shares_TBE.sum(-1))", "shares_TBE.sum(-1)"
+        "partition of this rank only",
+        "tp2",
+        _CROSS_ENTROPY,
+        "sum_over_ranks(local.total_T * scale_T)",
+        "local.total_T * scale_T",
     ),
-    Mutation("target logit of this rank only", "tp2", _LOSS, "target_TB = shards.sum_over_tp(target_TB)", "pass"),
+    Mutation(
+        "target logit of this rank only", "tp2", _CROSS_ENTROPY, "sum_over_ranks(local.target_T)", "local.target_T"
+    ),
     Mutation(
         "token count of this rank",
         "dp2-zero1",

@@ -79,14 +79,14 @@ def _read_prompt(mixer: torch.nn.Module, x_TBD: Tensor, transpoint: int | float,
         case Mamba2Mixer():
             streams = mixer.xbc(x_TBD).transpose(0, 1)
             read = mixer.read(streams, mixer.dt(x_TBD).transpose(0, 1))
-            state = final_state(read.b_BTGN, read.x_BTHV, read.dt_BTH, read.A_H)
+            state = final_state(read.b_BTGN, read.x_BTHV, read.dt_BTH, read.A_H, dt_bias_H=read.dt_bias_H)
             return LayerCache(_tail(streams, mixer.conv.weight.shape[1]), state)
     assert isinstance(mixer, TransMambaMixer)
     tokens = mixer.project(x_TBD)
     read = read_streams(tokens, mixer.per_head(), documents.pos_BT, mixer.options)
     cache = LayerCache(
         _tail(tokens.qkv_BTC, mixer.conv.weight.shape[1]),
-        final_state(read.k_BTHN, read.v_BTHV, read.dt_BTH, read.A_H),
+        final_state(read.k_BTHN, read.v_BTHV, read.dt_BTH, read.A_H, dt_bias_H=read.dt_bias_H),
     )
     if documents.n_tokens < transpoint:
         _, cache.k_BTHN = rotate(read.q_BTHN, read.k_BTHN, documents.pos_BT, mixer.options)
@@ -128,6 +128,7 @@ def _step_transmamba(
         read.dt_BTH[:, 0],
         read.A_H,
         D_H=heads.D_H,
+        dt_bias_H=read.dt_bias_H,
     )
     is_scanned = position >= transpoint
     if not is_scanned:
@@ -158,6 +159,7 @@ def _step_mamba2(mixer: Mamba2Mixer, x_1BD: Tensor, cache: LayerCache) -> Tensor
         read.dt_BTH[:, 0],
         read.A_H,
         D_H=mixer.D(),
+        dt_bias_H=read.dt_bias_H,
     )
     return mixer.finish(y_BHV[None].flatten(-2), x_1BD)
 

@@ -5,7 +5,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transmamba.config import ModelConfig
@@ -20,12 +19,13 @@ from transmamba.parallel.shards import WHOLE, Shards
 
 
 class ScanReadings(NamedTuple):
-    """Convolved x, B, C and the time steps of a run of tokens."""
+    """Convolved x, B, C, decay rates, and what the time steps of a run of tokens are made of."""
 
     x_BTHV: Tensor
     b_BTGN: Tensor
     c_BTGN: Tensor
-    dt_BTH: Tensor
+    dt_BTH: Tensor  # logits: a step is softplus(dt + dt_bias)
+    dt_bias_H: Tensor
     A_H: Tensor
 
 
@@ -75,6 +75,7 @@ class Mamba2Mixer(nn.Module):
             x_BTHV=read.x_BTHV,
             dt_BTH=read.dt_BTH,
             A_H=read.A_H,
+            dt_bias_H=read.dt_bias_H,
             D_H=self.shards.own_heads(self.D()),
             documents=documents,
         )
@@ -98,7 +99,7 @@ class Mamba2Mixer(nn.Module):
         documents: Documents | None = None,
         tail_BKC: Tensor | None = None,
     ) -> ScanReadings:
-        """Convolve and split; the time steps stay in float32."""
+        """Convolve and split."""
         xbc_BTC = causal_conv(
             xbc_BTC,
             self.shards.own_heads(self.copy_groups(self.conv.weight.T).T),
@@ -109,12 +110,12 @@ class Mamba2Mixer(nn.Module):
         )
         sizes = [self.group_inner // self.copies, self.state, self.state]
         x_BTGI, b_BTGN, c_BTGN = xbc_BTC.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
-        dt_bias_H = self.shards.own_heads(self.dt_bias())
         return ScanReadings(
             x_BTGI.unflatten(-1, (-1, self.width)).flatten(2, 3),
             b_BTGN,
             c_BTGN,
-            F.softplus(dt_BTH.to(dt_bias_H.dtype) + dt_bias_H),
+            dt_BTH,
+            self.shards.own_heads(self.dt_bias()),
             -self.shards.own_heads(self.A_log()).exp(),
         )
 

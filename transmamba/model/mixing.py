@@ -4,7 +4,6 @@
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transmamba.kernels.attention import prefix_attention
@@ -41,12 +40,13 @@ class MixOptions(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """Queries, keys and values (read by the scan as C, B and x), their time steps and decay rates."""
+    """Queries, keys and values (read by the scan as C, B and x), decay rates, and what time steps are made of."""
 
     q_BTHN: Tensor
     k_BTHN: Tensor
     v_BTHV: Tensor
-    dt_BTH: Tensor
+    dt_BTH: Tensor  # logits: a step is softplus(dt + dt_bias)
+    dt_bias_H: Tensor
     A_H: Tensor
 
 
@@ -59,7 +59,7 @@ def read_streams(
     documents: Documents | None = None,
     tail_BKC: Tensor | None = None,
 ) -> Readings:
-    """Convolve the shared streams and split them by head (paper eq. 1 and 3); the time steps stay in float32.
+    """Convolve the shared streams and split them by head (paper eq. 1 and 3).
 
     `pos_BT` is every token's offset in its document; `tail_BKC` holds the K - 1 rows before the first token.
     """
@@ -74,8 +74,7 @@ def read_streams(
     q_BTHN, k_BTHN, v_BTHV = qkv_BTC.unflatten(-1, (-1, 3 * options.head_dim)).chunk(3, dim=-1)
     if options.rope == "both":
         q_BTHN, k_BTHN = (rope(x, pos_BT, options.rope_theta) for x in (q_BTHN, k_BTHN))
-    dt_BTH = F.softplus(tokens.dt_BTH.to(heads.dt_bias_H.dtype) + heads.dt_bias_H)
-    return Readings(q_BTHN, k_BTHN, v_BTHV, dt_BTH, -heads.A_log_H.exp())
+    return Readings(q_BTHN, k_BTHN, v_BTHV, tokens.dt_BTH, heads.dt_bias_H, -heads.A_log_H.exp())
 
 
 def mix_tokens(
@@ -100,25 +99,30 @@ def mix_tokens(
     Returns:
         y_BTHV, in the streams' dtype.
     """
-    q_BTHN, k_BTHN, v_BTHV, dt_BTH, A_H = read_streams(tokens, heads, documents.pos_BT, options, documents=documents)
+    q_BTHN, k_BTHN, v_BTHV, dt_BTH, dt_bias_H, A_H = read_streams(
+        tokens, heads, documents.pos_BT, options, documents=documents
+    )
     # Tokens to attend and tokens to scan are sizes: 0 and T are as ordinary as any other.
     theta = options.rope_theta if options.rope == "attention" else None
-    attended = prefix_attention(q_BTHN, k_BTHN, v_BTHV, documents, transpoint, rope_theta=theta)
-    first_output = documents.first_output(transpoint)
-    n_scan = documents.n_tokens if first_output < documents.n_tokens else 0
-    scanned, _ = ssd_scan(
-        c_BTGN=q_BTHN[:, :n_scan],
-        b_BTGN=k_BTHN[:, :n_scan],
-        x_BTHV=v_BTHV[:, :n_scan],
-        dt_BTH=dt_BTH[:, :n_scan],
+    attended_BPHV = prefix_attention(q_BTHN, k_BTHN, v_BTHV, documents, transpoint, rope_theta=theta)
+    if documents.first_output(transpoint) == documents.n_tokens:
+        # No token is past the TransPoint: a scan of nothing gives its weights the gradient zero.
+        q_BTHN, k_BTHN, v_BTHV, dt_BTH = (stream[:, :0] for stream in (q_BTHN, k_BTHN, v_BTHV, dt_BTH))
+        scanned, _ = ssd_scan(q_BTHN, k_BTHN, v_BTHV, dt_BTH, A_H, D_H=heads.D_H, dt_bias_H=dt_bias_H)
+        return torch.cat([attended_BPHV, scanned], dim=1)
+    y_BTHV, _ = ssd_scan(
+        c_BTGN=q_BTHN,
+        b_BTGN=k_BTHN,
+        x_BTHV=v_BTHV,
+        dt_BTH=dt_BTH,
         A_H=A_H,
         D_H=heads.D_H,
-        documents=documents if n_scan else None,
-        first_output=min(first_output, n_scan),
+        dt_bias_H=dt_bias_H,
+        documents=documents,
+        transpoint=transpoint,
+        before_BPHV=attended_BPHV,
     )
-    scanned = F.pad(scanned, (0, 0, 0, 0, 0, documents.n_tokens - n_scan))
-    is_prefix_BT11 = (documents.pos_BT < transpoint)[..., None, None]
-    return torch.where(is_prefix_BT11, attended, scanned)
+    return y_BTHV
 
 
 def rotate(q_BTHN: Tensor, k_BTHN: Tensor, pos_BT: Tensor, options: MixOptions) -> tuple[Tensor, Tensor]:

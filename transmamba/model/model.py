@@ -12,10 +12,9 @@ from transmamba.config import ModelConfig
 from transmamba.kernels.documents import Documents
 from transmamba.model.init import initialise
 from transmamba.model.layer import Layer
-from transmamba.model.linear import column_linear
 from transmamba.model.norm import RMSNorm
 from transmamba.model.recompute import run_or_recompute
-from transmamba.parallel.loss import vocab_cross_entropy
+from transmamba.parallel.loss import TokenLosses, vocab_cross_entropy
 from transmamba.parallel.shards import WHOLE, Shards
 
 
@@ -24,6 +23,28 @@ class LossSums(NamedTuple):
 
     loss: Tensor  # weighted negative log-likelihood in nats, plus the z-loss
     nll: Tensor  # weighted negative log-likelihood in nats
+
+
+class Head(nn.Module):
+    """This rank's rows of the output vocabulary; the loss is computed here, as ZeRO-3 lends a weight to its module."""
+
+    weight: Tensor
+
+    def __init__(self, n_in: int, n_rows: int, n_known_local: int, shards: Shards):
+        """`n_rows` counts those of all ranks; of the local ones the first `n_known_local` are no padding."""
+        super().__init__()
+        self.shards, self.n_known_local = shards, n_known_local
+        self.weight = nn.Parameter(torch.empty(shards.local(n_rows), n_in))
+        shards.split(self)
+
+    def forward(self, x_TBD: Tensor, targets_TB: Tensor | None = None) -> Tensor | TokenLosses:
+        """Loss of every token; without targets the logits, -inf for padding."""
+        if targets_TB is not None:
+            return vocab_cross_entropy(x_TBD, self.weight, targets_TB, self.shards, n_known=self.n_known_local)
+        logits_TBE = F.linear(x_TBD, self.weight)
+        if self.n_known_local < logits_TBE.shape[-1]:  # the write costs a copy of the gradient, even of nothing
+            logits_TBE[..., self.n_known_local :] = -torch.inf
+        return logits_TBE
 
 
 class Model(nn.Module):
@@ -70,7 +91,7 @@ class Model(nn.Module):
         )
         if self.is_last:
             self.final_norm = RMSNorm(config.d_model, config.norm_eps, shards)
-            self.head = column_linear(config.d_model, n_rows, shards)
+            self.head = Head(config.d_model, n_rows, self.n_known_local, shards)
             if config.tied and self.is_first:
                 self.head.weight = self.embedding.weight
         if seed is not None:
@@ -101,8 +122,7 @@ class Model(nn.Module):
         x_TBD = self.hidden(ids_BT, transpoints, documents, x_TBD)
         if not self.is_last:
             return x_TBD
-        logits_TBE = self.logits(x_TBD)
-        nll_TB, log_partition_TB = vocab_cross_entropy(logits_TBE, targets_BT.T, self.shards)
+        nll_TB, log_partition_TB = self.head(self.final(x_TBD), targets_BT.T)
         nll = (nll_TB * weight_BT.T).sum()
         if z_loss == 0:
             return LossSums(nll, nll.detach())
@@ -137,8 +157,9 @@ class Model(nn.Module):
         return self.shards.sum_partial(part_TBD)
 
     def logits(self, x_TBD: Tensor) -> Tensor:
-        """Logits of the final hidden states, this rank's entries; those that no token has are -inf."""
-        logits_TBE = self.head(self.shards.gather_tokens(self.final_norm(x_TBD)))
-        if self.n_known_local < logits_TBE.shape[-1]:  # the write costs a copy of the gradient, even of nothing
-            logits_TBE[..., self.n_known_local :] = -torch.inf
-        return logits_TBE
+        """Logits after the last layer, this rank's entries; those that no token has are -inf."""
+        return self.head(self.final(x_TBD))
+
+    def final(self, x_TBD: Tensor) -> Tensor:
+        """What the head reads: the normalised hidden states of all tokens of this cp rank."""
+        return self.shards.gather_tokens(self.final_norm(x_TBD))

@@ -1,0 +1,260 @@
+"""The scan in Triton, backward: the state's gradient from the last chunk to the first, then all chunks at once."""
+
+# B batch, T tokens, H heads, G groups of B and C, N key/state width, V value width, L tokens per chunk,
+# BV columns of V in a program.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+
+import triton
+import triton.language as tl
+
+from transmamba.kernels.ssd.triton_tiles import decays, load_steps, sum_from
+
+
+@triton.jit
+def state_bwd_kernel(
+    c,
+    dy,
+    dstates,
+    dfinal,
+    dinitial,
+    dt_pointer,
+    bias_pointer,
+    A_pointer,
+    start_pointer,
+    carry_pointer,
+    n_tokens,
+    n_heads,
+    heads_per_group,
+    n_chunks,
+    chunks_per_segment,
+    first_output,
+    transpoint,
+    dt_stride_b,
+    dt_stride_t,
+    dt_stride_h,
+    V: tl.constexpr,
+    WIDTH_N: tl.constexpr,
+    BV: tl.constexpr,
+    L: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    n_blocks: tl.constexpr = (V + BV - 1) // BV
+    line = tl.program_id(0) // n_blocks
+    v0 = (tl.program_id(0) % n_blocks) * BV
+    segment = tl.program_id(1)
+    row, head = line // n_heads, line % n_heads
+    group = head // heads_per_group
+    dt_pointer += row.to(tl.int64) * dt_stride_b + head.to(tl.int64) * dt_stride_h
+    if start_pointer is not None:
+        start_pointer += row.to(tl.int64) * n_tokens
+    rate = tl.load(A_pointer + head).to(tl.float32)
+    within = tl.arange(0, L)
+    dstate = tl.zeros((WIDTH_N, BV), tl.float32)
+    if dfinal is not None:
+        dstate = dfinal.load([line, segment, 0, v0]).reshape(WIDTH_N, BV)
+    begin = segment * chunks_per_segment
+    end = tl.minimum(begin + chunks_per_segment, n_chunks)
+    first_chunk = tl.minimum(tl.maximum(first_output // L, begin), end)
+    log_total = 0.0
+    for step in range(end - first_chunk):
+        chunk = end - 1 - step
+        token = chunk * L + within
+        dt, _ = load_steps(dt_pointer, bias_pointer, token, head, n_tokens, dt_stride_t)
+        log_decay, _, _, _, reads, _, gives, log_carry = decays(
+            dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L
+        )
+        c_LN = c.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
+        dy_LV = dy.load([row, head, chunk * L, v0]).reshape(L, BV)
+        if dstates is not None:
+            dstates.store([line, chunk, 0, v0], dstate.to(dy_LV.dtype).reshape(1, 1, WIDTH_N, BV))
+        read = tl.exp2(tl.where(reads & gives, log_decay, float("-inf")))
+        read_LV = (dy_LV.to(tl.float32) * read[:, None]).to(dy_LV.dtype)
+        dstate = tl.dot(tl.trans(c_LN), read_LV, dstate * tl.exp2(log_carry), input_precision=PRECISION)
+        log_total += log_carry
+    for step in range(first_chunk - begin):
+        chunk = first_chunk - 1 - step
+        token = chunk * L + within
+        dt, _ = load_steps(dt_pointer, bias_pointer, token, head, n_tokens, dt_stride_t)
+        _, _, _, _, _, _, _, log_carry = decays(dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L)
+        if dstates is not None:
+            dstates.store([line, chunk, 0, v0], dstate.to(dstates.dtype).reshape(1, 1, WIDTH_N, BV))
+        dstate *= tl.exp2(log_carry)
+        log_total += log_carry
+    if dinitial is not None:
+        dinitial.store([line, segment, 0, v0], dstate.reshape(1, 1, WIDTH_N, BV))
+    if carry_pointer is not None:
+        tl.store(carry_pointer + line * tl.num_programs(1) + segment, log_total)
+
+
+@triton.jit
+def prefix_bwd_kernel(
+    b,
+    x,
+    states,
+    dstates,
+    dc,
+    db,
+    dx,
+    dt_pointer,
+    bias_pointer,
+    A_pointer,
+    start_pointer,
+    ddt_pointer,
+    sums_pointer,
+    n_tokens,
+    n_heads,
+    heads_per_group,
+    n_chunks,
+    first_output,
+    transpoint,
+    dt_stride_b,
+    dt_stride_t,
+    dt_stride_h,
+    WIDTH_N: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    L: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Chunks without outputs: only the leaving state depends on them."""
+    chunk, line = tl.program_id(0), tl.program_id(1)
+    row, head = line // n_heads, line % n_heads
+    group = head // heads_per_group
+    offset = row.to(tl.int64) * dt_stride_b + head.to(tl.int64) * dt_stride_h
+    if start_pointer is not None:
+        start_pointer += row.to(tl.int64) * n_tokens
+    rate = tl.load(A_pointer + head).to(tl.float32)
+    token = chunk * L + tl.arange(0, L)
+    dt, slope = load_steps(dt_pointer + offset, bias_pointer, token, head, n_tokens, dt_stride_t)
+    _, log_rest, start, _, _, writes, _, log_carry = decays(
+        dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L
+    )
+    write = tl.exp2(tl.where(writes, log_rest, float("-inf")))
+    b_LN = b.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
+    x_LV = x.load([row, head, chunk * L, 0]).reshape(L, WIDTH_V)
+    dtype = x_LV.dtype
+    dstate = dstates.load([line, chunk, 0, 0]).reshape(WIDTH_N, WIDTH_V)
+    dx_LV = tl.dot(b_LN, dstate, input_precision=PRECISION) * write[:, None]
+    wrote = tl.sum(dx_LV * x_LV.to(tl.float32), 1)
+    dx.store([row, head, chunk * L, 0], (dx_LV * dt[:, None]).to(dtype).reshape(1, 1, L, WIDTH_V))
+    db_LN = tl.dot(x_LV, tl.trans(dstate), input_precision=PRECISION) * (write * dt)[:, None]
+    db.store([row, head, chunk * L, 0], db_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
+    dc.store([row, head, chunk * L, 0], tl.zeros((1, 1, L, WIDTH_N), dtype))
+    state = states.load([line, chunk, 0, 0]).reshape(WIDTH_N, WIDTH_V)
+    d_carry = tl.sum(tl.sum(dstate.to(tl.float32) * state.to(tl.float32), 1), 0) * tl.exp2(log_carry)
+    written = wrote * dt
+    dda = tl.cumsum(written, 0) - written + d_carry
+    if start_pointer is not None:
+        dda = tl.where(token == start, 0.0, dda)
+    ddt = (wrote + dda * rate) * slope
+    place = ddt_pointer + offset + token.to(tl.int64) * dt_stride_t
+    tl.store(place, ddt.to(ddt_pointer.dtype.element_ty), mask=token < n_tokens)
+    sums_pointer += (row.to(tl.int64) * n_chunks + chunk) * 3 * n_heads + head
+    tl.store(sums_pointer, tl.sum(dda * dt, 0))
+    tl.store(sums_pointer + n_heads, tl.sum(ddt, 0))
+    tl.store(sums_pointer + 2 * n_heads, 0.0)
+
+
+@triton.jit
+def chunk_bwd_kernel(
+    c,
+    b,
+    x,
+    dy,
+    states,
+    dstates,
+    dc,
+    db,
+    dx,
+    dt_pointer,
+    bias_pointer,
+    A_pointer,
+    D_pointer,
+    start_pointer,
+    ddt_pointer,
+    sums_pointer,
+    n_tokens,
+    n_heads,
+    heads_per_group,
+    n_chunks,
+    first_chunk,
+    first_output,
+    transpoint,
+    dt_stride_b,
+    dt_stride_t,
+    dt_stride_h,
+    WIDTH_N: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    L: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    chunk, line = first_chunk + tl.program_id(0), tl.program_id(1)
+    row, head = line // n_heads, line % n_heads
+    group = head // heads_per_group
+    offset = row.to(tl.int64) * dt_stride_b + head.to(tl.int64) * dt_stride_h
+    if start_pointer is not None:
+        start_pointer += row.to(tl.int64) * n_tokens
+    rate = tl.load(A_pointer + head).to(tl.float32)
+    within = tl.arange(0, L)
+    token = chunk * L + within
+    dt, slope = load_steps(dt_pointer + offset, bias_pointer, token, head, n_tokens, dt_stride_t)
+    log_decay, log_rest, start, next_start, reads, writes, gives, log_carry = decays(
+        dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L
+    )
+    write = tl.exp2(tl.where(writes, log_rest, float("-inf")))
+    read = tl.exp2(tl.where(reads & gives, log_decay, float("-inf")))
+    b_LN = b.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
+    x_LV = x.load([row, head, chunk * L, 0]).reshape(L, WIDTH_V)
+    c_LN = c.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
+    dy_LV = dy.load([row, head, chunk * L, 0]).reshape(L, WIDTH_V)
+    dtype = x_LV.dtype
+    # Step 2 of README.md, [j, i]: what token j writes and token i reads.
+    sees = (within[:, None] <= within[None, :]) & (start[:, None] == start[None, :]) & gives[None, :]
+    pair = tl.exp2(tl.where(sees, log_decay[None, :] - log_decay[:, None], float("-inf")))
+    m_JI = tl.dot(b_LN, tl.trans(c_LN), input_precision=PRECISION) * pair * dt[:, None]
+    if D_pointer is not None:
+        m_JI += tl.where(
+            (within[:, None] == within[None, :]) & gives[None, :], tl.load(D_pointer + head).to(tl.float32), 0.0
+        )
+    dstate = dstates.load([line, chunk, 0, 0]).reshape(WIDTH_N, WIDTH_V)
+    dx_LV = tl.dot(b_LN, dstate, input_precision=PRECISION) * write[:, None]
+    wrote = tl.sum(dx_LV * x_LV.to(tl.float32), 1)
+    dx_LV *= dt[:, None]
+    dx_LV = tl.dot(m_JI.to(dtype), dy_LV, dx_LV, input_precision=PRECISION)
+    dx.store([row, head, chunk * L, 0], dx_LV.to(dtype).reshape(1, 1, L, WIDTH_V))
+    dm_JI = tl.dot(x_LV, tl.trans(dy_LV), input_precision=PRECISION)
+    dD = 0.0
+    if D_pointer is not None:
+        is_same = (within[:, None] == within[None, :]) & gives[None, :]
+        dD = tl.sum(tl.sum(tl.where(is_same, dm_JI, 0.0), 1), 0)
+    dm_JI *= pair
+    w_JI = tl.dot(b_LN, tl.trans(c_LN), input_precision=PRECISION) * dm_JI
+    ddt = wrote + tl.sum(w_JI, 1)
+    w_JI = tl.where(within[:, None] < within[None, :], w_JI, 0.0) * dt[:, None]
+    dcs = tl.sum(w_JI, 0) - tl.sum(w_JI, 1)
+    db_LN = tl.dot(x_LV, tl.trans(dstate), input_precision=PRECISION) * (write * dt)[:, None]
+    db_LN = tl.dot((dm_JI * dt[:, None]).to(dtype), c_LN, db_LN, input_precision=PRECISION)
+    db.store([row, head, chunk * L, 0], db_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
+    # [i, j], computed anew: Hopper code for a product with a transposed accumulator is wrong in Triton 3.4 to 3.7.0.
+    state = states.load([line, chunk, 0, 0]).reshape(WIDTH_N, WIDTH_V)
+    dc_LN = tl.dot(dy_LV, tl.trans(state), input_precision=PRECISION) * read[:, None]
+    dcs += tl.sum(dc_LN * c_LN.to(tl.float32), 1)
+    sees = (within[:, None] >= within[None, :]) & (start[:, None] == start[None, :]) & gives[:, None]
+    pair = tl.exp2(tl.where(sees, log_decay[:, None] - log_decay[None, :], float("-inf")))
+    dm_IJ = tl.dot(dy_LV, tl.trans(x_LV), input_precision=PRECISION) * pair * dt[None, :]
+    dc_LN = tl.dot(dm_IJ.to(dtype), b_LN, dc_LN, input_precision=PRECISION)
+    dc.store([row, head, chunk * L, 0], dc_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
+    d_carry = tl.sum(tl.sum(dstate.to(tl.float32) * state.to(tl.float32), 1), 0) * tl.exp2(log_carry)
+    # Step 4: the decay of token t scales pairs j < t <= i, reads at i >= t, writes at j < t, and the carried state.
+    if start_pointer is None:
+        dda = tl.cumsum(dcs, 0, reverse=True)
+    else:
+        dda = tl.where(token == start, 0.0, sum_from(dcs, start, next_start))
+    wrote *= dt
+    dda += tl.cumsum(wrote, 0) - wrote + d_carry
+    ddt = (ddt + dda * rate) * slope
+    place = ddt_pointer + offset + token.to(tl.int64) * dt_stride_t
+    tl.store(place, ddt.to(ddt_pointer.dtype.element_ty), mask=token < n_tokens)
+    sums_pointer += (row.to(tl.int64) * n_chunks + chunk) * 3 * n_heads + head
+    tl.store(sums_pointer, tl.sum(dda * dt, 0))
+    tl.store(sums_pointer + n_heads, tl.sum(ddt, 0))
+    tl.store(sums_pointer + 2 * n_heads, dD)

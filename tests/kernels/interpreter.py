@@ -1,0 +1,42 @@
+"""Repairs of Triton's interpreter: products of bfloat16 tiles, and the speed of scans with an operator of one's own."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `tl.dot` multiply bfloat16 tiles by their values, and `tl.associative_scan` work on whole vectors."""
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
+    monkeypatch.setattr(interpreter.ScanOps, "generic_scan", _scan)
+
+
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot(self: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
+    """The interpreter keeps the raw bits of bfloat16 as integers, and multiplies those."""
+    return _create_dot(self, _values(left), _values(right), total, *options)
+
+
+def _values(tile: Any) -> Any:
+    if tile.dtype.scalar != tl.bfloat16:
+        return tile
+    bits = tile.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _scan(self: Any, inputs: Any) -> Any:
+    """Scan of a vector in log2 n sweeps; the interpreter calls the operator on one pair of numbers after the other."""
+    dtypes, values = [value.dtype for value in inputs], [value.handle.data for value in inputs]
+    index, distance = np.arange(values[0].size), 1
+    while distance < index.size:
+        earlier = [self.to_tensor(np.roll(value, distance), dtype) for value, dtype in zip(values, dtypes, strict=True)]
+        later = [self.to_tensor(value, dtype) for value, dtype in zip(values, dtypes, strict=True)]
+        combined = [value.handle.data for value in self.combine_fn.fn(*earlier, *later)]
+        values = [np.where(index < distance, old, new) for old, new in zip(values, combined, strict=True)]
+        distance *= 2
+    return [self.to_tensor(value, dtype) for value, dtype in zip(values, dtypes, strict=True)]
