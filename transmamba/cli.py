@@ -38,6 +38,18 @@ def plan(overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--j
 
 
 @app.command()
+def doctor(
+    kernels: Annotated[bool, typer.Option("--kernels", help="Check every GPU kernel against float64")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    run_dir: Annotated[Path, typer.Option(help="Where runs will be written")] = Path("runs"),
+) -> None:
+    """Say what this machine can do and what is missing; exit 1 with warnings, 2 when a run would not work."""
+    from transmamba.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(kernels, as_json, run_dir))
+
+
+@app.command()
 def generate(
     run_dir: RunDir,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to complete; may be repeated")],

@@ -1,8 +1,8 @@
-"""Depthwise causal convolution with optional SiLU, for any memory order of rows and tokens.
+"""Depthwise causal convolution with optional SiLU: public operations, autograd node, and the CPU path.
 
-Shifted multiply-adds over slabs of tokens that fit the caches. Taps that would reach before a document are
-undone by clearing the few first rows of documents between two taps: after the taps that look back s or more,
-the rows with fewer than s tokens before them hold nothing yet. The backward clears in the opposite order.
+The CPU path does shifted multiply-adds over slabs of tokens that fit the caches. Taps that would reach before a
+document are undone by clearing the few first rows of documents between two taps: after the taps that look back s
+or more, the rows with fewer than s tokens before them hold nothing yet. The backward clears in the opposite order.
 """
 
 # B batch, T tokens, C channels, K conv taps.
@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from transmamba.kernels import backend
+from transmamba.kernels.causal_conv.triton_conv import conv_bwd, conv_fwd
+from transmamba.kernels.causal_conv.triton_step import step_fwd
 from transmamba.kernels.documents import Documents
 
 Activation = Literal["silu", "none"]
@@ -46,17 +49,13 @@ def causal_conv(
         tail_BKC: the K - 1 tokens before the row, [B, K - 1, C]; default zeros.
 
     Returns:
-        y_BTC in the dtype of `x_BTC`.
+        y_BTC in the dtype and the memory order of `x_BTC`.
 
     Raises:
         ValueError: shapes disagree or the activation is unknown.
     """
-    _check(x_BTC, weight_CK, bias_C, activation)
-    tail_shape = (x_BTC.shape[0], weight_CK.shape[1] - 1, x_BTC.shape[2])
-    if tail_BKC is None or documents is not None:
-        tail_BKC = x_BTC.new_zeros(tail_shape)
-    elif tail_BKC.shape != tail_shape:
-        raise ValueError(f"tail {tuple(tail_BKC.shape)}, need {tail_shape}")
+    tail_BKC = None if documents is not None else tail_BKC
+    _check(x_BTC, weight_CK, bias_C, activation, tail_BKC)
     if documents is not None and (documents.n_rows, documents.n_tokens) != x_BTC.shape[:2]:
         raise ValueError(f"documents of {documents.n_rows} rows of {documents.n_tokens} for {tuple(x_BTC.shape)}")
     return _Conv.apply(x_BTC, weight_CK, bias_C, tail_BKC, documents, activation)
@@ -72,11 +71,16 @@ def conv_step(
         x_BC: the token.
 
     Returns:
-        y_BC, and the tail for the next token.
+        y_BC, and the tail for the next token, a new tensor. Triton runs it in one launch unless gradients are wanted.
 
     Raises:
         ValueError: shapes disagree or the activation is unknown.
     """
+    weights = (tail_BKC, x_BC, weight_CK, bias_C)
+    has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weights)
+    if backend.runs_triton(x_BC) and not has_gradients:
+        _check(x_BC[:, None], weight_CK, bias_C, activation, tail_BKC)
+        return step_fwd(tail_BKC, x_BC, weight_CK, bias_C, activation)
     window_BKC = torch.cat([tail_BKC, x_BC[:, None]], dim=1)
     y_BTC = causal_conv(x_BC[:, None], weight_CK, bias_C, activation=activation, tail_BKC=tail_BKC)
     return y_BTC[:, 0], window_BKC[:, 1:]
@@ -86,7 +90,7 @@ class _ConvGrads(NamedTuple):
     x_BTC: Tensor
     weight_CK: Tensor
     bias_C: Tensor
-    tail_BKC: Tensor
+    tail_BKC: Tensor | None
     documents: None = None
     activation: None = None
 
@@ -98,51 +102,96 @@ class _Conv(torch.autograd.Function):
         x_BTC: Tensor,
         weight_CK: Tensor,
         bias_C: Tensor,
-        tail_BKC: Tensor,
+        tail_BKC: Tensor | None,
         documents: Documents | None,
         activation: Activation,
     ) -> Tensor:
         ctx.save_for_backward(x_BTC, weight_CK, bias_C, tail_BKC)
         ctx.documents, ctx.activation = documents, activation
-        weight_KC, bias = _weights(x_BTC, weight_CK, bias_C)
-        y_BTC = torch.empty_like(x_BTC)
-        for start, stop in _slabs(x_BTC):
-            pre_BTC = _preactivation(_window(x_BTC, tail_BKC, start, stop), weight_KC, bias, documents, start)
-            y_BTC[:, start:stop] = silu(pre_BTC, inplace=True) if activation == "silu" else pre_BTC
-        return y_BTC
+        if backend.runs_triton(x_BTC):
+            return conv_fwd(x_BTC, weight_CK, bias_C, tail_BKC, _positions(documents), activation)
+        return _forward(x_BTC, weight_CK, bias_C, tail_BKC, documents, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> _ConvGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy_BTC,) = grads
         x_BTC, weight_CK, bias_C, tail_BKC = ctx.saved_tensors
-        weight_KC, bias = _weights(x_BTC, weight_CK, bias_C)
-        dweight_KC, dbias_C = torch.zeros_like(weight_KC), torch.zeros_like(bias)
-        dx_BTC = torch.empty_like(x_BTC)
-        dtail_BKC = torch.zeros_like(tail_BKC, dtype=bias.dtype)
-        for start, stop in reversed(_slabs(x_BTC)):
-            window = _window(x_BTC, tail_BKC, start, stop)
-            if ctx.activation == "silu":
-                pre_BTC = _preactivation(window, weight_KC, bias, ctx.documents, start)
-                dpre_BTC = torch.ops.aten.silu_backward(dy_BTC[:, start:stop].to(bias.dtype), pre_BTC)
-            else:
-                dpre_BTC = dy_BTC[:, start:stop].to(bias.dtype, copy=True)
-            dbias_C += dpre_BTC.sum((0, 1))
-            dwindow = _adjoint(dpre_BTC, window, weight_KC, dweight_KC, dtail_BKC, ctx.documents, start)
-            n_tail = tail_BKC.shape[1]
-            dtail_BKC, dx_BTC[:, start:stop] = dwindow[:, :n_tail], dwindow[:, n_tail:]
-        return _ConvGrads(
-            dx_BTC, dweight_KC.T.to(weight_CK.dtype), dbias_C.to(bias_C.dtype), dtail_BKC.to(tail_BKC.dtype)
-        )
+        if backend.runs_triton(x_BTC):
+            pos_BT = _positions(ctx.documents)
+            dx, dweight, dbias, dtail = conv_bwd(x_BTC, weight_CK, bias_C, tail_BKC, pos_BT, ctx.activation, dy_BTC)
+        else:
+            dx, dweight, dbias, dtail = _backward(
+                x_BTC, weight_CK, bias_C, tail_BKC, ctx.documents, ctx.activation, dy_BTC
+            )
+        dtail = None if tail_BKC is None else dtail
+        return _ConvGrads(dx, dweight, dbias.to(bias_C.dtype), dtail)
 
 
-def _check(x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor, activation: str) -> None:
+def _positions(documents: Documents | None) -> Tensor | None:
+    """Offsets of tokens in their documents; none where taps only meet the row's own start."""
+    return None if documents is None or documents.is_whole else documents.pos_BT
+
+
+def _forward(
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor,
+    tail_BKC: Tensor | None,
+    documents: Documents | None,
+    activation: Activation,
+) -> Tensor:
+    tail_BKC = _tail(x_BTC, weight_CK, tail_BKC)
+    weight_KC, bias = _weights(x_BTC, weight_CK, bias_C)
+    y_BTC = torch.empty_like(x_BTC)
+    for start, stop in _slabs(x_BTC):
+        pre_BTC = _preactivation(_window(x_BTC, tail_BKC, start, stop), weight_KC, bias, documents, start)
+        y_BTC[:, start:stop] = silu(pre_BTC, inplace=True) if activation == "silu" else pre_BTC
+    return y_BTC
+
+
+def _backward(
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor,
+    tail_BKC: Tensor | None,
+    documents: Documents | None,
+    activation: Activation,
+    dy_BTC: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tail_BKC = _tail(x_BTC, weight_CK, tail_BKC)
+    weight_KC, bias = _weights(x_BTC, weight_CK, bias_C)
+    dweight_KC, dbias_C = torch.zeros_like(weight_KC), torch.zeros_like(bias)
+    dx_BTC = torch.empty_like(x_BTC)
+    dtail_BKC = torch.zeros_like(tail_BKC, dtype=bias.dtype)
+    for start, stop in reversed(_slabs(x_BTC)):
+        window = _window(x_BTC, tail_BKC, start, stop)
+        if activation == "silu":
+            pre_BTC = _preactivation(window, weight_KC, bias, documents, start)
+            dpre_BTC = torch.ops.aten.silu_backward(dy_BTC[:, start:stop].to(bias.dtype), pre_BTC)
+        else:
+            dpre_BTC = dy_BTC[:, start:stop].to(bias.dtype, copy=True)
+        dbias_C += dpre_BTC.sum((0, 1))
+        dwindow = _adjoint(dpre_BTC, window, weight_KC, dweight_KC, dtail_BKC, documents, start)
+        n_tail = tail_BKC.shape[1]
+        dtail_BKC, dx_BTC[:, start:stop] = dwindow[:, :n_tail], dwindow[:, n_tail:]
+    return dx_BTC, dweight_KC.T.to(weight_CK.dtype), dbias_C, dtail_BKC.to(tail_BKC.dtype)
+
+
+def _tail(x_BTC: Tensor, weight_CK: Tensor, tail_BKC: Tensor | None) -> Tensor:
+    return x_BTC.new_zeros(x_BTC.shape[0], weight_CK.shape[1] - 1, x_BTC.shape[2]) if tail_BKC is None else tail_BKC
+
+
+def _check(x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor, activation: str, tail_BKC: Tensor | None) -> None:
     if activation not in ("silu", "none"):
         raise ValueError(f'activation is "silu" or "none", got {activation!r}')
     if x_BTC.dim() != 3 or weight_CK.dim() != 2 or bias_C.shape != x_BTC.shape[2:]:
         raise ValueError(f"x {tuple(x_BTC.shape)} and bias {tuple(bias_C.shape)} do not match")
     if weight_CK.shape[0] != x_BTC.shape[2] or weight_CK.shape[1] == 0:
         raise ValueError(f"weight {tuple(weight_CK.shape)} does not match {x_BTC.shape[2]} channels")
+    tail_shape = (x_BTC.shape[0], weight_CK.shape[1] - 1, x_BTC.shape[2])
+    if tail_BKC is not None and tail_BKC.shape != tail_shape:
+        raise ValueError(f"tail {tuple(tail_BKC.shape)}, need {tail_shape}")
 
 
 def _weights(x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:

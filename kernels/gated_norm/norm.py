@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from transmamba.kernels import backend
 from transmamba.kernels.gated_norm.triton_norm import norm_bwd, norm_fwd
 
 
@@ -64,7 +65,7 @@ class _GatedNorm(torch.autograd.Function):
     def forward(
         ctx: Any, y_BTHV: Tensor, weight_HV: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None, eps: float
     ) -> Tensor:
-        forward = norm_fwd if _on_gpu(y_BTHV) else _forward
+        forward = norm_fwd if backend.runs_triton(y_BTHV) else _forward
         out_BTHV, scale = forward(y_BTHV, weight_HV, z_BTHV, gate_BT, eps)
         ctx.save_for_backward(y_BTHV, weight_HV, z_BTHV, gate_BT, scale)
         return out_BTHV
@@ -74,14 +75,9 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> _NormGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dout_BTHV,) = grads
         y_BTHV, weight_HV, z_BTHV, gate_BT, scale = ctx.saved_tensors
-        backward = norm_bwd if _on_gpu(y_BTHV) else _backward
+        backward = norm_bwd if backend.runs_triton(y_BTHV) else _backward
         dy, dweight, dz = backward(y_BTHV, weight_HV, z_BTHV, gate_BT, scale, dout_BTHV)
         return _NormGrads(dy.to(y_BTHV.dtype), dweight.to(weight_HV.dtype), None if dz is None else dz.to(z_BTHV.dtype))
-
-
-def _on_gpu(y_BTHV: Tensor) -> bool:
-    """Triton's kernels compute in float32, so float64 keeps the torch path on every device."""
-    return y_BTHV.is_cuda and y_BTHV.dtype != torch.float64
 
 
 def _forward(

@@ -2,7 +2,7 @@
 
 # B batch, T tokens, H heads, V value width.
 # Python numbers become constexpr and jitted functions return values, which their annotations cannot say.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -16,15 +16,22 @@ N_PARTS = 64
 
 
 @triton.jit
-def gated(values, z_pointer, gate_pointer, token, offset, mask, HAS_Z: tl.constexpr, HAS_GATE: tl.constexpr):
+def token_offset(token, T, batch_stride, token_stride):
+    """Where a token of the flattened B * T begins; tokens are counted in 32 bits, their places in 64."""
+    batch = (token.to(tl.int32) // T).to(tl.int64)
+    return batch * batch_stride + (token - batch * T) * token_stride
+
+
+@triton.jit
+def gated(values, z_pointer, gate_pointer, z_offset, gate_offset, mask, HAS_Z: tl.constexpr, HAS_GATE: tl.constexpr):
     """Values times silu(z) where gated; also the gate's logit, its sigmoid and which rows are gated."""
     logit = tl.zeros_like(values)
     if HAS_Z:
-        logit = tl.load(z_pointer + offset, mask=mask, other=0.0).to(tl.float32)
+        logit = tl.load(z_pointer + z_offset, mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-logit))
     is_gated = mask
     if HAS_GATE:
-        gate = tl.load(gate_pointer + token[:, None], mask=mask, other=0)
+        gate = tl.load(gate_pointer + gate_offset[:, None], mask=mask, other=0)
         is_gated = mask & (gate != 0)
     result = values
     if HAS_Z:
@@ -34,55 +41,39 @@ def gated(values, z_pointer, gate_pointer, token, offset, mask, HAS_Z: tl.conste
 
 @triton.jit
 def norm_fwd_kernel(
-    y_pointer,
-    weight_pointer,
-    z_pointer,
-    gate_pointer,
-    out_pointer,
-    scale_pointer,
-    n_rows,
-    eps,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_Z: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-):
+    y_pointer, weight_pointer, z_pointer, gate_pointer, out_pointer, scale_pointer, n_rows,
+    T, y_batch_stride, y_token_stride, z_batch_stride, z_token_stride, gate_batch_stride, gate_token_stride,
+    out_batch_stride, out_token_stride, eps,
+    H: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     mask = (row[:, None] < n_rows) & (column[None, :] < V)
-    offset = row[:, None] * V + column[None, :]
-    y = tl.load(y_pointer + offset, mask=mask, other=0.0).to(tl.float32)
-    u, _, _, _ = gated(y, z_pointer, gate_pointer, row // H, offset, mask, HAS_Z, HAS_GATE)
+    token = row // H
+    inner = (row % H)[:, None] * V + column[None, :]
+    y_offset = token_offset(token, T, y_batch_stride, y_token_stride)[:, None] + inner
+    z_offset = token_offset(token, T, z_batch_stride, z_token_stride)[:, None] + inner
+    gate_offset = token_offset(token, T, gate_batch_stride, gate_token_stride)
+    y = tl.load(y_pointer + y_offset, mask=mask, other=0.0).to(tl.float32)
+    u, _, _, _ = gated(y, z_pointer, gate_pointer, z_offset, gate_offset, mask, HAS_Z, HAS_GATE)
     scale = 1.0 / tl.sqrt(tl.sum(u * u, 1) / V + eps)
-    weight_offset = (row % H)[:, None] * V + column[None, :]
-    weight = tl.load(weight_pointer + weight_offset, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_pointer + inner, mask=mask, other=0.0).to(tl.float32)
     out = u * scale[:, None] * weight
-    tl.store(out_pointer + offset, out.to(out_pointer.dtype.element_ty), mask=mask)
+    out_offset = token_offset(token, T, out_batch_stride, out_token_stride)[:, None] + inner
+    tl.store(out_pointer + out_offset, out.to(out_pointer.dtype.element_ty), mask=mask)
     tl.store(scale_pointer + row, scale, mask=row < n_rows)
 
 
 @triton.jit
 def norm_bwd_kernel(
-    y_pointer,
-    weight_pointer,
-    z_pointer,
-    gate_pointer,
-    scale_pointer,
-    dout_pointer,
-    dy_pointer,
-    dz_pointer,
-    dweight_pointer,
-    n_tokens,
-    tokens_per_part,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_Z: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-):
+    y_pointer, weight_pointer, z_pointer, gate_pointer, scale_pointer, dout_pointer,
+    dy_pointer, dz_pointer, dweight_pointer, n_tokens, tokens_per_part,
+    T, y_batch_stride, y_token_stride, z_batch_stride, z_token_stride, gate_batch_stride, gate_token_stride,
+    dout_batch_stride, dout_token_stride, dy_batch_stride, dy_token_stride, dz_batch_stride, dz_token_stride,
+    H: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -94,12 +85,15 @@ def norm_bwd_kernel(
         token = part * tokens_per_part + local
         live = (local < tokens_per_part) & (token < n_tokens)
         mask = live[:, None] & in_width[None, :]
-        row = token * H + head
-        offset = row[:, None] * V + column[None, :]
-        y = tl.load(y_pointer + offset, mask=mask, other=0.0).to(tl.float32)
-        dout = tl.load(dout_pointer + offset, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(scale_pointer + row, mask=live, other=0.0)
-        u, logit, sigmoid, is_gated = gated(y, z_pointer, gate_pointer, token, offset, mask, HAS_Z, HAS_GATE)
+        inner = (head * V + column)[None, :]
+        y_offset = token_offset(token, T, y_batch_stride, y_token_stride)[:, None] + inner
+        z_offset = token_offset(token, T, z_batch_stride, z_token_stride)[:, None] + inner
+        gate_offset = token_offset(token, T, gate_batch_stride, gate_token_stride)
+        dout_offset = token_offset(token, T, dout_batch_stride, dout_token_stride)[:, None] + inner
+        y = tl.load(y_pointer + y_offset, mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_pointer + dout_offset, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(scale_pointer + token * H + head, mask=live, other=0.0)
+        u, logit, sigmoid, is_gated = gated(y, z_pointer, gate_pointer, z_offset, gate_offset, mask, HAS_Z, HAS_GATE)
         normal = u * scale[:, None]
         dweight += tl.sum(dout * normal, 0)
         dnormal = dout * weight[None, :]
@@ -110,30 +104,26 @@ def norm_bwd_kernel(
             dy = tl.where(is_gated, du * logit * sigmoid, du)
             slope = sigmoid * (1.0 + logit * (1.0 - sigmoid))
             dz = tl.where(is_gated, du * y * slope, 0.0)
-            tl.store(dz_pointer + offset, dz.to(dz_pointer.dtype.element_ty), mask=mask)
-        tl.store(dy_pointer + offset, dy.to(dy_pointer.dtype.element_ty), mask=mask)
+            dz_offset = token_offset(token, T, dz_batch_stride, dz_token_stride)[:, None] + inner
+            tl.store(dz_pointer + dz_offset, dz.to(dz_pointer.dtype.element_ty), mask=mask)
+        dy_offset = token_offset(token, T, dy_batch_stride, dy_token_stride)[:, None] + inner
+        tl.store(dy_pointer + dy_offset, dy.to(dy_pointer.dtype.element_ty), mask=mask)
     tl.store(dweight_pointer + (part * H + head) * V + column, dweight, mask=in_width)
 
 
 def norm_fwd(
     y_BTHV: Tensor, weight_HV: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Result like `y_BTHV`, and 1 / RMS of every head of every token in float32."""
-    y = y_BTHV.contiguous()
-    options, rows = _options(y, z_BTHV, gate_BT)
+    """Result in the memory order of `y_BTHV`, and 1 / RMS of every head of every token in float32."""
+    y, n_lead = _heads_last(y_BTHV), y_BTHV.dim() - 2
+    z, gate = y if z_BTHV is None else _heads_last(z_BTHV), _gate(y, gate_BT)
     out_BTHV = torch.empty_like(y)
     scale_BTH1 = torch.empty(*y.shape[:-1], 1, dtype=torch.float32, device=y.device)
+    options, rows = _options(y, z_BTHV, gate_BT)
     norm_fwd_kernel[(max(triton.cdiv(scale_BTH1.numel(), rows), 1),)](
-        y,
-        weight_HV.contiguous(),
-        y if z_BTHV is None else z_BTHV.contiguous(),
-        y if gate_BT is None else gate_BT.contiguous(),
-        out_BTHV,
-        scale_BTH1,
-        scale_BTH1.numel(),
-        eps,
-        **options,
-    )
+        y, weight_HV.contiguous(), z, gate, out_BTHV, scale_BTH1, scale_BTH1.numel(),
+        *_token_strides(n_lead, y, z, gate, out_BTHV), eps, **options,
+    )  # fmt: skip
     return out_BTHV, scale_BTH1
 
 
@@ -146,29 +136,44 @@ def norm_bwd(
     dout_BTHV: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of y, of the weight (float32) and of z."""
-    y, dout = y_BTHV.contiguous(), dout_BTHV.contiguous()
+    y, dout, n_lead = _heads_last(y_BTHV), _heads_last(dout_BTHV), y_BTHV.dim() - 2
+    z, gate = y if z_BTHV is None else _heads_last(z_BTHV), _gate(y, gate_BT)
+    dy_BTHV = torch.empty_like(y)
+    dz_BTHV = None if z_BTHV is None else torch.empty_like(z)
+    dz = dy_BTHV if dz_BTHV is None else dz_BTHV
     options, rows = _options(y, z_BTHV, gate_BT)
     n_heads, n_values = weight_HV.shape
     n_tokens = scale_BTH1.numel() // n_heads
-    dy_BTHV = torch.empty_like(y)
-    dz_BTHV = None if z_BTHV is None else torch.empty_like(y, dtype=z_BTHV.dtype)
     n_parts = min(N_PARTS, max(triton.cdiv(n_tokens, rows), 1))
     dweight = torch.empty(n_parts, n_heads, n_values, dtype=torch.float32, device=y.device)
     norm_bwd_kernel[(n_parts, n_heads)](
-        y,
-        weight_HV.contiguous(),
-        y if z_BTHV is None else z_BTHV.contiguous(),
-        y if gate_BT is None else gate_BT.contiguous(),
-        scale_BTH1,
-        dout,
-        dy_BTHV,
-        dy_BTHV if dz_BTHV is None else dz_BTHV,
-        dweight,
-        n_tokens,
-        triton.cdiv(n_tokens, n_parts),
-        **options,
-    )
+        y, weight_HV.contiguous(), z, gate, scale_BTH1, dout, dy_BTHV, dz, dweight,
+        n_tokens, triton.cdiv(n_tokens, n_parts), *_token_strides(n_lead, y, z, gate, dout, dy_BTHV, dz), **options,
+    )  # fmt: skip
     return dy_BTHV, dweight.sum(0), dz_BTHV
+
+
+def _heads_last(y_BTHV: Tensor) -> Tensor:
+    """Up to two leading dimensions with any strides; a copy where heads and values are not one block, or above."""
+    n_heads, n_values = y_BTHV.shape[-2:]
+    is_block = y_BTHV.stride(-1) == 1 and (n_heads == 1 or y_BTHV.stride(-2) == n_values)
+    return y_BTHV if is_block and y_BTHV.dim() <= 4 else y_BTHV.contiguous()
+
+
+def _gate(y_BTHV: Tensor, gate_BT: Tensor | None) -> Tensor:
+    """`y_BTHV` stands in for no gate."""
+    if gate_BT is None:
+        return y_BTHV
+    return gate_BT if gate_BT.dim() <= 2 else gate_BT.contiguous()
+
+
+def _token_strides(n_lead: int, *tensors: Tensor) -> list[int]:
+    """T, then both token strides of every tensor. T is 1 where one stride serves, so that Triton drops the division."""
+    sizes = tensors[0].shape[:n_lead]
+    if n_lead == 2 and min(sizes) > 1 and any(x.stride(0) != sizes[1] * x.stride(1) for x in tensors):
+        return [sizes[1], *(stride for x in tensors for stride in x.stride()[:2])]
+    last = max((index for index, size in enumerate(sizes) if size > 1), default=0)
+    return [1, *(stride for x in tensors for stride in (x.stride(last) if n_lead else 0, 0))]
 
 
 def _options(y_BTHV: Tensor, z_BTHV: Tensor | None, gate_BT: Tensor | None) -> tuple[dict[str, int | bool], int]:

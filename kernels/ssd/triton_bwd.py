@@ -52,12 +52,13 @@ def state_bwd_kernel(
     dstate = tl.zeros((WIDTH_N, BV), tl.float32)
     if dfinal is not None:
         dstate = dfinal.load([line, segment, 0, v0]).reshape(WIDTH_N, BV)
-    begin = segment * chunks_per_segment
-    end = tl.minimum(begin + chunks_per_segment, n_chunks)
+    begin = segment.to(tl.int64) * chunks_per_segment
+    end = tl.minimum(begin + chunks_per_segment, n_chunks).to(tl.int32)
+    begin = begin.to(tl.int32)
     first_chunk = tl.minimum(tl.maximum(first_output // L, begin), end)
     log_total = 0.0
     for step in range(end - first_chunk):
-        chunk = end - 1 - step
+        chunk = (end.to(tl.int64) - 1 - step).to(tl.int32)
         token = chunk * L + within
         dt, _ = load_steps(dt_pointer, bias_pointer, token, head, n_tokens, dt_stride_t)
         log_decay, _, _, _, reads, _, gives, log_carry = decays(
@@ -72,7 +73,7 @@ def state_bwd_kernel(
         dstate = tl.dot(tl.trans(c_LN), read_LV, dstate * tl.exp2(log_carry), input_precision=PRECISION)
         log_total += log_carry
     for step in range(first_chunk - begin):
-        chunk = first_chunk - 1 - step
+        chunk = (first_chunk.to(tl.int64) - 1 - step).to(tl.int32)
         token = chunk * L + within
         dt, _ = load_steps(dt_pointer, bias_pointer, token, head, n_tokens, dt_stride_t)
         _, _, _, _, _, _, _, log_carry = decays(dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L)
@@ -83,7 +84,7 @@ def state_bwd_kernel(
     if dinitial is not None:
         dinitial.store([line, segment, 0, v0], dstate.reshape(1, 1, WIDTH_N, BV))
     if carry_pointer is not None:
-        tl.store(carry_pointer + line * tl.num_programs(1) + segment, log_total)
+        tl.store(carry_pointer + line.to(tl.int64) * tl.num_programs(1) + segment, log_total)
 
 
 @triton.jit
@@ -117,28 +118,29 @@ def prefix_bwd_kernel(
 ):
     """Chunks without outputs: only the leaving state depends on them."""
     chunk, line = tl.program_id(0), tl.program_id(1)
+    at = (chunk.to(tl.int64) * L).to(tl.int32)
     row, head = line // n_heads, line % n_heads
     group = head // heads_per_group
     offset = row.to(tl.int64) * dt_stride_b + head.to(tl.int64) * dt_stride_h
     if start_pointer is not None:
         start_pointer += row.to(tl.int64) * n_tokens
     rate = tl.load(A_pointer + head).to(tl.float32)
-    token = chunk * L + tl.arange(0, L)
+    token = at + tl.arange(0, L)
     dt, slope = load_steps(dt_pointer + offset, bias_pointer, token, head, n_tokens, dt_stride_t)
     _, log_rest, start, _, _, writes, _, log_carry = decays(
         dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L
     )
     write = tl.exp2(tl.where(writes, log_rest, float("-inf")))
-    b_LN = b.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
-    x_LV = x.load([row, head, chunk * L, 0]).reshape(L, WIDTH_V)
+    b_LN = b.load([row, group, at, 0]).reshape(L, WIDTH_N)
+    x_LV = x.load([row, head, at, 0]).reshape(L, WIDTH_V)
     dtype = x_LV.dtype
     dstate = dstates.load([line, chunk, 0, 0]).reshape(WIDTH_N, WIDTH_V)
     dx_LV = tl.dot(b_LN, dstate, input_precision=PRECISION) * write[:, None]
     wrote = tl.sum(dx_LV * x_LV.to(tl.float32), 1)
-    dx.store([row, head, chunk * L, 0], (dx_LV * dt[:, None]).to(dtype).reshape(1, 1, L, WIDTH_V))
+    dx.store([row, head, at, 0], (dx_LV * dt[:, None]).to(dtype).reshape(1, 1, L, WIDTH_V))
     db_LN = tl.dot(x_LV, tl.trans(dstate), input_precision=PRECISION) * (write * dt)[:, None]
-    db.store([row, head, chunk * L, 0], db_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
-    dc.store([row, head, chunk * L, 0], tl.zeros((1, 1, L, WIDTH_N), dtype))
+    db.store([row, head, at, 0], db_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
+    dc.store([row, head, at, 0], tl.zeros((1, 1, L, WIDTH_N), dtype))
     state = states.load([line, chunk, 0, 0]).reshape(WIDTH_N, WIDTH_V)
     d_carry = tl.sum(tl.sum(dstate.to(tl.float32) * state.to(tl.float32), 1), 0) * tl.exp2(log_carry)
     written = wrote * dt
@@ -151,7 +153,7 @@ def prefix_bwd_kernel(
     sums_pointer += (row.to(tl.int64) * n_chunks + chunk) * 3 * n_heads + head
     tl.store(sums_pointer, tl.sum(dda * dt, 0))
     tl.store(sums_pointer + n_heads, tl.sum(ddt, 0))
-    tl.store(sums_pointer + 2 * n_heads, 0.0)
+    tl.store(sums_pointer + n_heads + n_heads, 0.0)
 
 
 @triton.jit
@@ -187,7 +189,9 @@ def chunk_bwd_kernel(
     L: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    chunk, line = first_chunk + tl.program_id(0), tl.program_id(1)
+    chunk, line = tl.program_id(0).to(tl.int64) + first_chunk, tl.program_id(1)
+    at = (chunk * L).to(tl.int32)
+    chunk = chunk.to(tl.int32)
     row, head = line // n_heads, line % n_heads
     group = head // heads_per_group
     offset = row.to(tl.int64) * dt_stride_b + head.to(tl.int64) * dt_stride_h
@@ -195,17 +199,17 @@ def chunk_bwd_kernel(
         start_pointer += row.to(tl.int64) * n_tokens
     rate = tl.load(A_pointer + head).to(tl.float32)
     within = tl.arange(0, L)
-    token = chunk * L + within
+    token = at + within
     dt, slope = load_steps(dt_pointer + offset, bias_pointer, token, head, n_tokens, dt_stride_t)
     log_decay, log_rest, start, next_start, reads, writes, gives, log_carry = decays(
         dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L
     )
     write = tl.exp2(tl.where(writes, log_rest, float("-inf")))
     read = tl.exp2(tl.where(reads & gives, log_decay, float("-inf")))
-    b_LN = b.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
-    x_LV = x.load([row, head, chunk * L, 0]).reshape(L, WIDTH_V)
-    c_LN = c.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
-    dy_LV = dy.load([row, head, chunk * L, 0]).reshape(L, WIDTH_V)
+    b_LN = b.load([row, group, at, 0]).reshape(L, WIDTH_N)
+    x_LV = x.load([row, head, at, 0]).reshape(L, WIDTH_V)
+    c_LN = c.load([row, group, at, 0]).reshape(L, WIDTH_N)
+    dy_LV = dy.load([row, head, at, 0]).reshape(L, WIDTH_V)
     dtype = x_LV.dtype
     # Step 2 of README.md, [j, i]: what token j writes and token i reads.
     sees = (within[:, None] <= within[None, :]) & (start[:, None] == start[None, :]) & gives[None, :]
@@ -220,7 +224,7 @@ def chunk_bwd_kernel(
     wrote = tl.sum(dx_LV * x_LV.to(tl.float32), 1)
     dx_LV *= dt[:, None]
     dx_LV = tl.dot(m_JI.to(dtype), dy_LV, dx_LV, input_precision=PRECISION)
-    dx.store([row, head, chunk * L, 0], dx_LV.to(dtype).reshape(1, 1, L, WIDTH_V))
+    dx.store([row, head, at, 0], dx_LV.to(dtype).reshape(1, 1, L, WIDTH_V))
     dm_JI = tl.dot(x_LV, tl.trans(dy_LV), input_precision=PRECISION)
     dD = 0.0
     if D_pointer is not None:
@@ -233,7 +237,7 @@ def chunk_bwd_kernel(
     dcs = tl.sum(w_JI, 0) - tl.sum(w_JI, 1)
     db_LN = tl.dot(x_LV, tl.trans(dstate), input_precision=PRECISION) * (write * dt)[:, None]
     db_LN = tl.dot((dm_JI * dt[:, None]).to(dtype), c_LN, db_LN, input_precision=PRECISION)
-    db.store([row, head, chunk * L, 0], db_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
+    db.store([row, head, at, 0], db_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
     # [i, j], computed anew: Hopper code for a product with a transposed accumulator is wrong in Triton 3.4 to 3.7.0.
     state = states.load([line, chunk, 0, 0]).reshape(WIDTH_N, WIDTH_V)
     dc_LN = tl.dot(dy_LV, tl.trans(state), input_precision=PRECISION) * read[:, None]
@@ -242,7 +246,7 @@ def chunk_bwd_kernel(
     pair = tl.exp2(tl.where(sees, log_decay[:, None] - log_decay[None, :], float("-inf")))
     dm_IJ = tl.dot(dy_LV, tl.trans(x_LV), input_precision=PRECISION) * pair * dt[None, :]
     dc_LN = tl.dot(dm_IJ.to(dtype), b_LN, dc_LN, input_precision=PRECISION)
-    dc.store([row, head, chunk * L, 0], dc_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
+    dc.store([row, head, at, 0], dc_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
     d_carry = tl.sum(tl.sum(dstate.to(tl.float32) * state.to(tl.float32), 1), 0) * tl.exp2(log_carry)
     # Step 4: the decay of token t scales pairs j < t <= i, reads at i >= t, writes at j < t, and the carried state.
     if start_pointer is None:
@@ -257,4 +261,4 @@ def chunk_bwd_kernel(
     sums_pointer += (row.to(tl.int64) * n_chunks + chunk) * 3 * n_heads + head
     tl.store(sums_pointer, tl.sum(dda * dt, 0))
     tl.store(sums_pointer + n_heads, tl.sum(ddt, 0))
-    tl.store(sums_pointer + 2 * n_heads, dD)
+    tl.store(sums_pointer + n_heads + n_heads, dD)

@@ -64,8 +64,9 @@ def scan_fwd_kernel(
     state = tl.zeros((WIDTH_N, BV), tl.float32)
     if initial is not None:
         state = initial.load([line, segment, 0, v0]).reshape(WIDTH_N, BV)
-    begin = segment * chunks_per_segment
-    end = tl.minimum(begin + chunks_per_segment, n_chunks)
+    begin = segment.to(tl.int64) * chunks_per_segment
+    end = tl.minimum(begin + chunks_per_segment, n_chunks).to(tl.int32)
+    begin = begin.to(tl.int32)
     first_chunk = tl.minimum(tl.maximum(first_output // L, begin), end)
     log_total = 0.0
     for chunk in range(begin, first_chunk):
@@ -93,7 +94,7 @@ def scan_fwd_kernel(
             narrow = state.to(x_LV.dtype)
             if states is not None:
                 states.store([line, chunk, 0, v0], narrow.reshape(1, 1, WIDTH_N, BV))
-            sees = (token[:, None] >= token[None, :]) & (start[:, None] == start[None, :])
+            sees = (within[:, None] >= within[None, :]) & (start[:, None] == start[None, :])
             pair = tl.exp2(tl.where(sees, log_decay[:, None] - log_decay[None, :], float("-inf")))
             weights_LL = tl.dot(c_LN, tl.trans(b_LN), input_precision=PRECISION) * pair * dt[None, :]
             read = tl.exp2(tl.where(reads, log_decay, float("-inf")))
@@ -110,7 +111,7 @@ def scan_fwd_kernel(
     if final is not None:
         final.store([line, segment, 0, v0], state.reshape(1, 1, WIDTH_N, BV))
     if carry_pointer is not None:
-        tl.store(carry_pointer + line * tl.num_programs(1) + segment, log_total)
+        tl.store(carry_pointer + line.to(tl.int64) * tl.num_programs(1) + segment, log_total)
 
 
 @triton.jit

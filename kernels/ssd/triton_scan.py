@@ -209,8 +209,14 @@ def _aligned(streams: Streams) -> Streams:
 
 
 def _common(streams: Streams, problem: Problem) -> dict[str, Any]:
-    """Arguments that all kernels of the scan share."""
+    """Arguments that all kernels of the scan share.
+
+    Raises:
+        ValueError: the row is too long for positions of 32 bits, which is what tensor descriptors have.
+    """
     n_tokens, n_heads = streams.x_BTHV.shape[1:3]
+    if n_tokens >= 2**31 - L:
+        raise ValueError(f"rows of {n_tokens} tokens; at most {2**31 - L - 1} can be scanned")
     documents = problem.documents
     return {
         "dt_pointer": streams.dt_BTH,

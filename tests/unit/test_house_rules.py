@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 LINKED = ("kernels", "launch", "data_pipeline", "checkpoints_tools", "configs")
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 50
+MAX_KERNEL_LINES = 110  # of a Triton kernel, whose arguments alone take up to 40
 BANNED_FILES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 BANNED_CALLS = {
     "eval",
@@ -130,7 +131,8 @@ def size_faults(module: str, text: str) -> Iterator[str]:
             documented = ast.get_docstring(node, clean=False)
             n_lines = (node.end_lineno or node.lineno) - node.lineno + 1
             n_lines -= len(documented.splitlines()) if documented else 0
-            if n_lines > MAX_FUNCTION_LINES:
+            is_kernel = any(ast.unparse(mark) == "triton.jit" for mark in node.decorator_list)
+            if n_lines > (MAX_KERNEL_LINES if is_kernel else MAX_FUNCTION_LINES):
                 yield f"{module}: {node.name} has {n_lines} lines"
 
 
