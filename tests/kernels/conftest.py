@@ -5,6 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.kernels.interpreter import repair
+
+
+@pytest.fixture(autouse=True)
+def repaired_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        repair(monkeypatch)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter: products of bfloat16 tiles, and the speed of scans with an operator of one's own."""
+"""Repairs of Triton's interpreter: products of bfloat16 tiles, and what makes it slow."""
 
 from typing import Any
 
@@ -9,12 +9,13 @@ from triton.runtime import interpreter
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `tl.dot` multiply bfloat16 tiles by their values, and `tl.associative_scan` work on whole vectors."""
+    """Let `tl.dot` multiply bfloat16 tiles by their values, scans work on whole vectors, and calls be calls."""
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
     monkeypatch.setattr(interpreter.ScanOps, "generic_scan", _scan)
+    monkeypatch.setattr(interpreter, "_patch_lang", _Patches().patch)
 
 
-_create_dot = interpreter.InterpreterBuilder.create_dot
+_create_dot, _patch_lang = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang
 
 
 def _dot(self: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
@@ -40,3 +41,22 @@ def _scan(self: Any, inputs: Any) -> Any:
         values = [np.where(index < distance, old, new) for old, new in zip(values, combined, strict=True)]
         distance *= 2
     return [self.to_tensor(value, dtype) for value, dtype in zip(values, dtypes, strict=True)]
+
+
+class _Patches:
+    """The interpreter replaces Triton's language at every call of a jitted function; here, once a launch."""
+
+    def __init__(self) -> None:
+        self._patched: set[str] = set()
+
+    def patch(self, function: Any) -> Any:
+        is_launch = not self._patched
+        languages = {module.__name__ for module in function.__globals__.values() if module in (tl, tl.core)}
+        if languages <= self._patched:
+            return interpreter._LangPatchScope()
+        self._patched |= languages
+        scope = _patch_lang(function)
+        if is_launch:
+            restore = scope.restore
+            scope.restore = lambda: (self._patched.clear(), restore())
+        return scope

@@ -106,6 +106,17 @@ def test_the_norm_reads_and_writes_each_of_its_streams_once_at_the_size_of_train
     assert math.prod(forward[0].grid) * forward[0].constants["ROWS"] == n_tokens * n_heads
 
 
+@pytest.mark.parametrize(
+    ("sizes", "most_bytes"), [((32, 32, 64, 64), 2400), ((16, 16, 128, 128), 5600), ((32, 1, 128, 64), 3000)], ids=str
+)
+def test_the_scan_takes_few_launches_and_bytes(sizes: tuple[int, int, int, int], most_bytes: int) -> None:
+    op, tensors = launches.ours(*sizes)
+    forward, backward = forward_backward(op, tensors)
+    assert len(forward) == 1 and len(forward) + len(backward) <= 6
+    n_token_heads = math.prod(tensors["dt_BTH"].shape)
+    assert sum(launch.n_bytes for launch in (*forward, *backward)) / n_token_heads <= most_bytes
+
+
 def test_peers_are_counted_without_their_init_and_named_when_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

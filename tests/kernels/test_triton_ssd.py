@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.interpreter import repair
 from transmamba.kernels import backend
 from transmamba.kernels.documents import Documents
 from transmamba.kernels.ssd import final_state, ssd_scan, ssd_step, triton_scan
@@ -36,8 +35,6 @@ BFLOAT16_TOLERANCE = 1.2e-2  # tiles are rounded before products, and the interp
 def triton_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(backend, "runs_triton", lambda stream: stream.dtype != torch.float64)
-        if DEVICE == "cpu":
-            repair(patch)
         yield
 
 
