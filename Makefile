@@ -13,7 +13,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(BIN)/pip check --disable-pip-version-check >/dev/null
 	@touch $@
 
-.PHONY: setup train test test-long lint bench
+.PHONY: setup train test test-long lint bench gpu-kernels
 setup: $(VENV)/.ready
 
 train: setup
@@ -29,6 +29,11 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+# On a machine with a GPU: every kernel against float64, then the scan beside its peers (PEERS="--mamba-ssm DIR --fla DIR").
+gpu-kernels: setup
+	@$(BIN)/transmamba doctor --kernels
+	@$(BIN)/transmamba bench kernels --budget-s 360 $(PEERS)
 
 bench: setup
 	@$(BIN)/transmamba bench kernels

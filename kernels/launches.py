@@ -225,10 +225,22 @@ def fla(path: str | None) -> Contestant:
     return contestant
 
 
-def rows(contestants: dict[str, Contestant]) -> Iterator[dict[str, Any]]:
+def contestants(mamba_ssm_path: str | None, fla_path: str | None) -> dict[str, Contestant]:
+    """Our scan and the peers that are there; says which are not."""
+    found: dict[str, Contestant] = {"transmamba": ours}
+    for name, load, path in (("mamba-ssm", mamba_ssm, mamba_ssm_path), ("fla", fla, fla_path)):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                found[name] = load(path)
+        except ImportError as error:
+            print(f"{name} is missing ({error}); --{name} PATH takes an unpacked one", file=sys.stderr)
+    return found
+
+
+def rows(counted: dict[str, Contestant]) -> Iterator[dict[str, Any]]:
     """Count forward and backward of everybody at every shape; who cannot do a shape says why in `missing`."""
     for sizes in SHAPES:
-        for name, contestant in contestants.items():
+        for name, contestant in counted.items():
             row: dict[str, Any] = {"shape": dict(zip("HGNV", sizes, strict=True)), "contestant": name}
             try:
                 op, inputs = contestant(*sizes)
@@ -250,15 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fla", metavar="PATH", help="folder of an unpacked flash-linear-attention, if not installed")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     chosen = parser.parse_args(argv)
-    contestants: dict[str, Contestant] = {"transmamba": ours}
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for name, load, path in (("mamba-ssm", mamba_ssm, chosen.mamba_ssm), ("fla", fla, chosen.fla)):
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                contestants[name] = load(path)
-        except ImportError as error:
-            console.print(f"{name} is missing ({error}); --{name} PATH takes an unpacked one")
-    found = list(rows(contestants))
+    found = list(rows(contestants(chosen.mamba_ssm, chosen.fla)))
     console.print(_table(found))
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -160,12 +160,17 @@ def kernels(
     mamba_ssm: Annotated[
         Path | None, typer.Option(help="Folder of an unpacked mamba-ssm, if it is not installed")
     ] = None,
+    fla: Annotated[
+        Path | None, typer.Option(help="Folder `fla` of an unpacked flash-linear-attention, for a GPU")
+    ] = None,
     out: Results = Path("benchmarks/results"),
 ) -> None:
     """Scan and mixer against published implementations: correctness first, then time and memory."""
     from transmamba.bench import bench_kernels
 
-    raise typer.Exit(bench_kernels(budget_s, None if mamba_ssm is None else str(mamba_ssm), out))
+    paths = {"mamba_ssm": mamba_ssm, "fla": fla}
+    peers = {name: None if path is None else str(path) for name, path in paths.items()}
+    raise typer.Exit(bench_kernels(budget_s, out=out, **peers))
 
 
 @bench.command("step")

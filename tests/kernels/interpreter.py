@@ -50,13 +50,21 @@ class _Patches:
         self._patched: set[str] = set()
 
     def patch(self, function: Any) -> Any:
-        is_launch = not self._patched
         languages = {module.__name__ for module in function.__globals__.values() if module in (tl, tl.core)}
         if languages <= self._patched:
             return interpreter._LangPatchScope()
+        is_launch = not self._patched
         self._patched |= languages
         scope = _patch_lang(function)
-        if is_launch:
-            restore = scope.restore
-            scope.restore = lambda: (self._patched.clear(), restore())
-        return scope
+        return _Launch(scope, self._patched) if is_launch else scope
+
+
+class _Launch:
+    """What a launch has replaced, until it ends."""
+
+    def __init__(self, scope: Any, patched: set[str]) -> None:
+        self._scope, self._patched = scope, patched
+
+    def restore(self) -> None:
+        self._patched.clear()
+        self._scope.restore()

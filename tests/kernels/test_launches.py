@@ -128,7 +128,7 @@ def test_peers_are_counted_without_their_init_and_named_when_missing(
     written = tmp_path / "rows.json"
     arguments = ["--mamba-ssm", str(tmp_path / "source"), "--fla", str(tmp_path), "--json", str(written)]
     assert launches.main(arguments) == 0
-    assert "fla is missing" in capsys.readouterr().out
+    assert "fla is missing" in capsys.readouterr().err
     rows = json.loads(written.read_text())
     peers = [row for row in rows if row["contestant"] == "mamba-ssm"]
     assert [row["shape"]["N"] for row in peers] == [64, 128, 128]
