@@ -79,8 +79,8 @@ MUTATIONS = [
         "state across a document start",
         "tp2",
         "transmamba.model.mixing",
-        "documents=documents if n_scan else None",
-        "documents=None",
+        "        documents=documents,\n        transpoint",
+        "        documents=None,\n        transpoint",
     ),
     Mutation(
         "every tp rank starts from the first shard",

@@ -1,5 +1,7 @@
 """The everyday layouts notice every fault of `mutations.py`: a suite that cannot fail proves nothing."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.parity import rig
@@ -17,6 +19,12 @@ from tests.parity.test_layouts import (
 
 N_STEPS = 3
 QUICK = {row.name: row for row in ROWS if row.is_quick}
+
+
+def test_every_fault_has_its_place_in_the_source() -> None:
+    for mutation in MUTATIONS:
+        source = Path(*mutation.module.split(".")).with_suffix(".py").read_text()
+        assert source.count(mutation.old) == 1, mutation.name
 
 
 @pytest.mark.long
