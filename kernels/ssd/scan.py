@@ -253,7 +253,8 @@ class _TritonScan(torch.autograd.Function):
         keep = keep and any(ctx.needs_input_grad)
         final_BHNV, states = triton_forward(streams, problem, initial_state_BHNV, y_BTHV, keep)
         ctx.save_for_backward(*streams, dt_bias_H, states)
-        ctx.problem, ctx.before_shape = problem, None if before_BPHV is None else before_BPHV.shape
+        ctx.problem = problem._replace(dt_bias_H=None)
+        ctx.before_shape = None if before_BPHV is None else before_BPHV.shape
         ctx.state_dtype = None if initial_state_BHNV is None else initial_state_BHNV.dtype
         ctx.set_materialize_grads(False)
         return y_BTHV, final_BHNV

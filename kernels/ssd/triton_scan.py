@@ -193,10 +193,10 @@ def count_segments(n_programs: int, n_chunks: int, n_processors: int) -> int:
 
 
 def aligned(stream: Tensor) -> Tensor:
-    """The stream, or a copy of it whose strides a tensor descriptor can hold: multiples of 16 bytes."""
+    """The stream, or a copy of it whose strides a tensor descriptor can hold: multiples of 16 bytes, and no zero."""
     unit = 16 // stream.element_size()
     is_aligned = stream.stride(-1) == 1 and stream.data_ptr() % 16 == 0
-    if is_aligned and all(stride % unit == 0 for stride in stream.stride()[:-1]):
+    if is_aligned and all(stride > 0 and stride % unit == 0 for stride in stream.stride()[:-1]):
         return stream
     width = stream.shape[-1]
     return pad(stream, (0, -width % unit)).contiguous()[..., :width]
