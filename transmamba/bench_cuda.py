@@ -83,7 +83,9 @@ def _times(
         with torch.no_grad():
             seconds = measure(forward)
         return seconds, measure(both)
-    except Exception as error:  # a peer may fail in any way on hardware it was not made for; ours goes on
+    except Exception as error:  # a peer may fail in any way on hardware it was not made for; ours may not
+        if contestant is launches.ours:
+            raise
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

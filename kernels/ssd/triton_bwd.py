@@ -88,6 +88,15 @@ def state_bwd_kernel(
 
 
 @triton.jit
+def store_sums(sums_pointer, chunk_of_all, head, n_heads, dA, dbias, dD):
+    """A chunk's parts of the gradients that are sums over tokens, [B * C, 3, H]."""
+    sums_pointer += chunk_of_all * 3 * n_heads + head
+    tl.store(sums_pointer, dA)
+    tl.store(sums_pointer + n_heads, dbias)
+    tl.store(sums_pointer + n_heads + n_heads, dD)
+
+
+@triton.jit
 def prefix_bwd_kernel(
     b,
     x,
@@ -148,12 +157,14 @@ def prefix_bwd_kernel(
     if start_pointer is not None:
         dda = tl.where(token == start, 0.0, dda)
     ddt = (wrote + dda * rate) * slope
-    place = ddt_pointer + offset + token.to(tl.int64) * dt_stride_t
-    tl.store(place, ddt.to(ddt_pointer.dtype.element_ty), mask=token < n_tokens)
-    sums_pointer += (row.to(tl.int64) * n_chunks + chunk) * 3 * n_heads + head
-    tl.store(sums_pointer, tl.sum(dda * dt, 0))
-    tl.store(sums_pointer + n_heads, tl.sum(ddt, 0))
-    tl.store(sums_pointer + n_heads + n_heads, 0.0)
+    tl.store(
+        ddt_pointer + offset + token.to(tl.int64) * dt_stride_t,
+        ddt.to(ddt_pointer.dtype.element_ty),
+        mask=token < n_tokens,
+    )
+    store_sums(
+        sums_pointer, row.to(tl.int64) * n_chunks + chunk, head, n_heads, tl.sum(dda * dt, 0), tl.sum(ddt, 0), 0.0
+    )
 
 
 @triton.jit
@@ -211,7 +222,7 @@ def chunk_bwd_kernel(
     c_LN = c.load([row, group, at, 0]).reshape(L, WIDTH_N)
     dy_LV = dy.load([row, head, at, 0]).reshape(L, WIDTH_V)
     dtype = x_LV.dtype
-    # Step 2 of README.md, [j, i]: what token j writes and token i reads.
+    # The pairs of README.md's step 4 as [j, i]: what token j writes and token i reads.
     sees = (within[:, None] <= within[None, :]) & (start[:, None] == start[None, :]) & gives[None, :]
     pair = tl.exp2(tl.where(sees, log_decay[None, :] - log_decay[:, None], float("-inf")))
     m_JI = tl.dot(b_LN, tl.trans(c_LN), input_precision=PRECISION) * pair * dt[:, None]
@@ -248,7 +259,7 @@ def chunk_bwd_kernel(
     dc_LN = tl.dot(dm_IJ.to(dtype), b_LN, dc_LN, input_precision=PRECISION)
     dc.store([row, head, at, 0], dc_LN.to(dtype).reshape(1, 1, L, WIDTH_N))
     d_carry = tl.sum(tl.sum(dstate.to(tl.float32) * state.to(tl.float32), 1), 0) * tl.exp2(log_carry)
-    # Step 4: the decay of token t scales pairs j < t <= i, reads at i >= t, writes at j < t, and the carried state.
+    # The decay of token t scales pairs j < t <= i, reads at i >= t, writes at j < t, and the carried state.
     if start_pointer is None:
         dda = tl.cumsum(dcs, 0, reverse=True)
     else:
@@ -256,9 +267,11 @@ def chunk_bwd_kernel(
     wrote *= dt
     dda += tl.cumsum(wrote, 0) - wrote + d_carry
     ddt = (ddt + dda * rate) * slope
-    place = ddt_pointer + offset + token.to(tl.int64) * dt_stride_t
-    tl.store(place, ddt.to(ddt_pointer.dtype.element_ty), mask=token < n_tokens)
-    sums_pointer += (row.to(tl.int64) * n_chunks + chunk) * 3 * n_heads + head
-    tl.store(sums_pointer, tl.sum(dda * dt, 0))
-    tl.store(sums_pointer + n_heads, tl.sum(ddt, 0))
-    tl.store(sums_pointer + n_heads + n_heads, dD)
+    tl.store(
+        ddt_pointer + offset + token.to(tl.int64) * dt_stride_t,
+        ddt.to(ddt_pointer.dtype.element_ty),
+        mask=token < n_tokens,
+    )
+    store_sums(
+        sums_pointer, row.to(tl.int64) * n_chunks + chunk, head, n_heads, tl.sum(dda * dt, 0), tl.sum(ddt, 0), dD
+    )

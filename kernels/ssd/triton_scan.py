@@ -88,7 +88,6 @@ def triton_forward(
     }
     grid = (n_programs, n_segments)
     initial = None if initial_BHNV is None else _lines(initial_BHNV, streams)
-    carry = None
     if n_segments > 1:
         carry = torch.empty(n_lines, n_segments, dtype=torch.float32, device=y_BTHV.device)
         only_state = {"y": None, "states": None, "initial": None, "first_output": n_chunks * L}
