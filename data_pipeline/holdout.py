@@ -4,93 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from transmamba.data_pipeline.errors import DataError
-from transmamba.data_pipeline.text import Document
 
 # A hash split that holds out less than this part of the share asked for is too uneven to use.
 _LEAST_PART = 0.25
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A document whose text is validation from character `at` on, and training before; both count from 0."""
+
+    part: int
+    document: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
 class Holdout:
-    """The rule that splits documents, and what was counted to make it.
+    """The rule that splits documents: validation are those whose hash is below `threshold`, or the end of one."""
 
-    Documents whose hash is below `threshold` are validation; of the document named `cut_name` (if any) the
-    text from `cut_at` on is validation. `sample` holds training documents chosen by hash, up to the limit.
-    """
-
-    seed: int
     threshold: float
-    cut_name: str | None
-    cut_at: int
-    n_documents: int
-    n_text_bytes: int
-    sample: tuple[str, ...]
-
-    def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, str]]:
-        """Yield (split, text) in document order; a cut document gives two."""
-        for document in documents:
-            if document.name == self.cut_name:
-                yield "train", document.text[: self.cut_at]
-                yield "validation", document.text[self.cut_at :]
-            else:
-                held_out = text_fraction(document.text, self.seed) < self.threshold
-                yield "validation" if held_out else "train", document.text
+    cut: Cut | None = None
 
 
-def text_fraction(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the text and the seed alone, so copies of a text stay together."""
+def text_fraction(text: bytes, seed: int) -> float:
+    """A number in [0, 1) that depends on the text and the seed alone, so copies of a text stay together.
+
+    Args:
+        text: as UTF-8.
+        seed: any whole number.
+    """
     salt = str(seed).encode("ascii").ljust(16, b"\0")[:16]
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=6, salt=salt).digest()
+    digest = hashlib.blake2b(text, digest_size=6, salt=salt).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 
-def choose_holdout(documents: Iterable[Document], *, share: float, seed: int, sample_chars: int) -> Holdout:
-    """Read all documents once and decide what is held out.
+def is_even_enough(*, share: float, n_held_out_bytes: int, n_text_bytes: int) -> bool:
+    """Whether a split by hash holds out about what was asked for; few or very uneven documents cannot be split so."""
+    return _LEAST_PART * share * n_text_bytes <= n_held_out_bytes <= n_text_bytes / 2 and n_held_out_bytes > 0
 
-    Few or very uneven documents cannot be split by hash: then the end of the longest one is held out, at most
-    half of it, from a paragraph, line or word on.
 
-    Args:
-        documents: in their order, with names that differ.
-        share: part of the text to hold out, between 0 and 1.
-        seed: of the hash.
-        sample_chars: characters of training text to keep in the sample.
+def cut_position(text: str, *, wanted_share: float) -> int:
+    """Where the held-out end of a text begins: at most half of it, from a paragraph, line or word on.
 
     Raises:
-        DataError: there is no document, or too little text to split.
+        DataError: the text is too short.
     """
-    n_documents = n_text_bytes = n_held_out_bytes = n_sampled = 0
-    longest = Document("", "")
-    sample: list[tuple[float, str]] = []
-    for document in documents:
-        n_bytes = len(document.text.encode("utf-8"))
-        fraction = text_fraction(document.text, seed)
-        n_documents += 1
-        n_text_bytes += n_bytes
-        if len(document.text) > len(longest.text):
-            longest = document
-        if fraction < share:
-            n_held_out_bytes += n_bytes
-            continue
-        # The smallest hashes stay, so the sample does not favour the first documents.
-        heapq.heappush(sample, (-fraction, document.text))
-        n_sampled += len(document.text)
-        while n_sampled > sample_chars and len(sample) > 1:
-            n_sampled -= len(heapq.heappop(sample)[1])
-    if n_documents == 0:
-        raise DataError("sources", "no documents found", "give files with text in them")
-    texts = tuple(text[:sample_chars] for _, text in sorted(sample, reverse=True))
-    if _LEAST_PART * share * n_text_bytes <= n_held_out_bytes <= n_text_bytes / 2:
-        return Holdout(seed, share, None, 0, n_documents, n_text_bytes, texts)
-    cut_at = _cut_position(longest.text, wanted_share=share * n_text_bytes / len(longest.text.encode("utf-8")))
-    return Holdout(seed, 0.0, longest.name, cut_at, n_documents, n_text_bytes, texts or (longest.text[:cut_at],))
-
-
-def _cut_position(text: str, *, wanted_share: float) -> int:
     if len(text) < 2:
         raise DataError("sources", "too little text to hold some out for validation", "give more text")
     earliest = len(text) - max(1, round(len(text) * min(wanted_share, 0.5)))
@@ -99,3 +60,47 @@ def _cut_position(text: str, *, wanted_share: float) -> int:
         if 0 <= found < len(text) - len(separator):
             return found + len(separator)
     return earliest
+
+
+class Sample:
+    """The texts with the smallest hashes, as many as have `n_chars` characters: no part of the input is favoured.
+
+    Samples of parts, joined, are the sample of the whole. A text that was added before is not added again.
+
+    Args:
+        n_chars: wanted.
+        ceiling: hashes above it are left out, except for one text where there is no other.
+    """
+
+    def __init__(self, n_chars: int, *, ceiling: float = 1.0) -> None:
+        self._wanted, self._ceiling = n_chars, ceiling
+        self._heap: list[tuple[float, str]] = []
+        self._fractions: set[float] = set()
+        self._n_chars = 0
+
+    def add(self, fraction: float, text: str) -> None:
+        """Offer a text and its hash."""
+        if not self._wanted or fraction in self._fractions:
+            return
+        heapq.heappush(self._heap, (-fraction, text))
+        self._fractions.add(fraction)
+        self._n_chars += len(text)
+        while len(self._heap) > 1 and self._is_spare(*self._heap[0]):
+            negative, dropped = heapq.heappop(self._heap)
+            self._fractions.remove(-negative)
+            self._n_chars -= len(dropped)
+
+    def entries(self) -> list[tuple[float, str]]:
+        """Hashes and texts by hash, every text whole."""
+        return [(-negative, text) for negative, text in sorted(self._heap, reverse=True)]
+
+    def texts(self) -> list[str]:
+        """The texts by hash, the last one cut to have exactly the characters wanted."""
+        found, left = [], self._wanted
+        for _, text in self.entries():
+            found.append(text[:left])
+            left -= len(found[-1])
+        return [text for text in found if text]
+
+    def _is_spare(self, negative: float, text: str) -> bool:
+        return self._n_chars - len(text) >= self._wanted or -negative > self._ceiling

@@ -1,4 +1,4 @@
-"""What a prepared folder holds: counts, offsets and digests of every shard, and checks that cost nothing."""
+"""What a prepared folder holds: counts and digests of every shard, and checks that cost nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from transmamba.data_pipeline.blocks import ROW, blocks_name
 from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.text import nearest_existing
 
 FORMAT = "transmamba-tokens"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
 # Token ids that each stored dtype can hold.
@@ -30,28 +31,18 @@ LENGTH_EDGES = np.unique(np.ceil(2.0 ** (np.arange(160) / 4)).astype(np.int64))
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One block of a shard: byte offsets of the raw arrays in the tar, their lengths, a SHA-256 over both."""
-
-    tokens_offset: int
-    n_tokens: int
-    starts_offset: int
-    n_starts: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar file; `n_bytes` and `sha256` are those of the whole file."""
+    """One tar file; `n_bytes` and `sha256` are those of the whole file, `blocks_sha256` of its rows in the table."""
 
     name: str
     n_bytes: int
     sha256: str
     n_tokens: int
     n_documents: int
+    n_blocks: int
+    blocks_sha256: str
     min_token_id: int
     max_token_id: int
-    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +68,18 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Description of a prepared folder; `folder` is where it was read from."""
+    """Description of a prepared folder; `folder` is where it was read from.
+
+    Every document ends with `eod_id`, which is nowhere else. All blocks of a shard but its last have
+    `block_tokens` tokens.
+    """
 
     tokenizer_file: str
     tokenizer_sha256: str
     vocab_size: int
     eod_id: int
     token_dtype: str
+    block_tokens: int
     source: str
     splits: dict[str, Split]
     folder: Path = field(default=Path(), compare=False)
@@ -94,15 +90,7 @@ class Manifest:
         return self.folder / self.tokenizer_file
 
 
-_Record = TypeVar("_Record", Block, Shard, LengthBin, Split, Manifest)
-
-
-def length_bins(lengths: np.ndarray) -> tuple[LengthBin, ...]:
-    """Histogram of document lengths in tokens, empty bins left out."""
-    bins = np.searchsorted(LENGTH_EDGES, lengths, side="right") - 1
-    counts = np.bincount(bins, minlength=1)
-    sums = np.bincount(bins, weights=lengths, minlength=1)
-    return tuple(LengthBin(int(LENGTH_EDGES[i]), int(counts[i]), int(sums[i])) for i in np.flatnonzero(counts).tolist())
+_Record = TypeVar("_Record", Shard, LengthBin, Split, Manifest)
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
@@ -111,9 +99,14 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     del record["folder"]
     for split in record["splits"].values():
         split["lengths"] = [list(entry.values()) for entry in split["lengths"]]
-        for shard in split["shards"]:
-            shard["blocks"] = [list(block.values()) for block in shard["blocks"]]
-    (folder / MANIFEST_NAME).write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
+    record["sha256"] = _digest_of(record)
+    (folder / MANIFEST_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest_of(record: dict[str, Any]) -> str:
+    """SHA-256 of everything in a manifest but this digest itself."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, separators=(",", ":"), sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -125,44 +118,57 @@ def load_manifest(path: Path) -> Manifest:
     Raises:
         DataError: no manifest, another format, a missing, truncated or foreign shard, token ids outside the
             vocabulary, a shard listed twice, or a missing tokenizer.
-        DamagedData: the tokenizer file does not match its digest.
+        DamagedData: the manifest or the tokenizer file does not match its digest.
     """
     file = path / MANIFEST_NAME if path.is_dir() or path.name != MANIFEST_NAME else path
     if not file.is_file():
         make = "make one with `transmamba data prepare SRC... --out DIR`"
         raise DataError(str(file), "no such manifest", f"{nearest_existing(file)}, or {make}")
+    manifest = read_manifest(file)
+    for name, split in manifest.splits.items():
+        _check_blocks(manifest.folder / blocks_name(name), split)
+        for shard in split.shards:
+            check_shard(manifest.folder / shard.name, shard)
+    return manifest
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Read a manifest and the tokenizer beside it; whether the shards are there is not asked.
+
+    Raises:
+        DataError, DamagedData: as `load_manifest`.
+    """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(str(file), f"cannot be read ({error})", _REBUILD) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(str(file), "not a manifest of tokens", "give a folder made by `transmamba data prepare`")
     if record.get("format_version") != FORMAT_VERSION:
         problem = f"format version {record.get('format_version')!r}, this program reads {FORMAT_VERSION}"
         raise DataError(str(file), problem, _REBUILD)
+    if record.get("sha256") != _digest_of(record):
+        raise DamagedData(str(file), "does not match its own digest", f"copy it again or {_REBUILD}")
     try:
         manifest = _manifest_of(record, file.parent)
         _check_counts(manifest, file)
     except DataError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DataError(str(file), f"damaged ({type(error).__name__}: {error})", _REBUILD) from error
     _check_tokenizer(manifest)
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            _check_shard(manifest, shard)
     return manifest
 
 
+_OUTER = ("format", "format_version", "sha256", "splits")
+
+
 def _manifest_of(record: dict[str, Any], folder: Path) -> Manifest:
-    fields = {key: value for key, value in record.items() if key not in ("format", "format_version", "splits")}
+    fields = {key: value for key, value in record.items() if key not in _OUTER}
     splits = {}
     for name in SPLITS:
         split = dict(record["splits"][name])
-        shards = [
-            _checked(Shard(**{**shard, "blocks": tuple(_checked(Block(*block)) for block in shard["blocks"])}))
-            for shard in split["shards"]
-        ]
+        shards = [_checked(Shard(**shard)) for shard in split["shards"]]
         bins = tuple(_checked(LengthBin(*entry)) for entry in split["lengths"])
         splits[name] = _checked(Split(**{**split, "shards": tuple(shards), "lengths": bins}))
     return _checked(Manifest(**fields, splits=splits, folder=folder))
@@ -194,8 +200,8 @@ def _check_counts(manifest: Manifest, file: Path) -> None:
             problem = f"the shards of {name} do not add up to {split.n_tokens} tokens"
             raise DataError(str(file), problem, _REBUILD)
         for shard in split.shards:
-            if shard.n_tokens != sum(block.n_tokens for block in shard.blocks):
-                problem = f"the blocks of {shard.name} do not add up to {shard.n_tokens} tokens"
+            if shard.n_blocks != -(-shard.n_tokens // manifest.block_tokens) or not shard.n_tokens:
+                problem = f"{shard.name} has {shard.n_blocks} blocks for {shard.n_tokens} tokens"
                 raise DataError(str(file), problem, _REBUILD)
             if not 0 <= shard.min_token_id <= shard.max_token_id < manifest.vocab_size:
                 ids = f"{shard.min_token_id} to {shard.max_token_id}"
@@ -214,8 +220,20 @@ def _check_tokenizer(manifest: Manifest) -> None:
         raise DamagedData(str(path), "does not match the digest in the manifest", f"copy it back or {_REBUILD}")
 
 
-def _check_shard(manifest: Manifest, shard: Shard) -> None:
-    path = manifest.folder / shard.name
+def _check_blocks(path: Path, split: Split) -> None:
+    n_bytes = ROW.itemsize * sum(shard.n_blocks for shard in split.shards)
+    size = path.stat().st_size if path.is_file() else None
+    if size != n_bytes:
+        problem = "the table of blocks is missing" if size is None else f"{size} bytes instead of {n_bytes}"
+        raise DataError(str(path), problem, f"copy it again or {_REBUILD}")
+
+
+def check_shard(path: Path, shard: Shard) -> None:
+    """Compare a shard file with its record by size and kind.
+
+    Raises:
+        DataError: it is missing, truncated, unreadable or no tar.
+    """
     if not path.is_file():
         raise DataError(str(path), "the shard is missing", f"copy it back or {_REBUILD}")
     size = path.stat().st_size
@@ -230,9 +248,3 @@ def _check_shard(manifest: Manifest, shard: Shard) -> None:
         raise DataError(str(path), f"cannot be read ({error.strerror})", "check its permissions") from error
     if magic != _TAR_MAGIC:
         raise DataError(str(path), "not a tar file", f"copy it again or {_REBUILD}")
-    width = np.dtype(manifest.token_dtype).itemsize
-    for block in shard.blocks:
-        end = max(block.tokens_offset + width * block.n_tokens, block.starts_offset + 4 * block.n_starts)
-        if end > size:
-            problem = f"the block at byte {block.tokens_offset} does not fit into the file"
-            raise DataError(str(path), problem, _REBUILD)

@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 
 _N_ROUNDS = 8
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+# The finalizer of MurmurHash3 (Austin Appleby, public domain).
+_MIX_1, _MIX_2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
 
 class EpochOrder:
@@ -29,6 +29,7 @@ class EpochOrder:
         self._keys_of = (seed, epoch)
         self._group_size = n_shards if shuffle_shards == "all" else min(int(shuffle_shards), n_shards)
         shards = permute(np.arange(n_shards), n_shards, round_keys("shards", seed, epoch))
+        self._shards = shards
         sizes = np.diff(first_windows)[shards]
         self._first_window_of = first_windows[:-1][shards]
         # Position of each permuted shard's first window, were the windows not permuted inside the groups.
@@ -37,21 +38,39 @@ class EpochOrder:
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
         """Window numbers at the given positions of the epoch, int64."""
+        if len(self._group_firsts) == 2:
+            return self._unpermuted(permute(positions, int(self._group_firsts[1]), self._keys(0)))
         groups = np.searchsorted(self._group_firsts, positions, side="right") - 1
         shuffled = np.empty(len(positions), dtype=np.int64)
         for group in np.unique(groups).tolist():
             inside = groups == group
             first, end = self._group_firsts[group : group + 2].tolist()
-            keys = round_keys("windows", *self._keys_of, group)
-            shuffled[inside] = first + permute(positions[inside] - first, end - first, keys)
+            shuffled[inside] = first + permute(positions[inside] - first, end - first, self._keys(group))
+        return self._unpermuted(shuffled)
+
+    def _keys(self, group: int) -> np.ndarray:
+        return round_keys("windows", *self._keys_of, group)
+
+    def _unpermuted(self, shuffled: np.ndarray) -> np.ndarray:
+        """Window numbers at places of the line of permuted shards."""
         shards = np.searchsorted(self._first_positions, shuffled, side="right") - 1
         return self._first_window_of[shards] + shuffled - self._first_positions[shards]
 
+    def group_of(self, position: int) -> tuple[int, int, int]:
+        """The group of shards that a position of the epoch reads from, its first position, and the next one's."""
+        group = int(np.searchsorted(self._group_firsts, position, side="right")) - 1
+        first, end = self._group_firsts[group : group + 2].tolist()
+        return group, first, end
+
+    def shards_of(self, group: int) -> list[int]:
+        """The shards of a group; none beyond the last one."""
+        return self._shards[group * self._group_size : (group + 1) * self._group_size].tolist()
+
 
 def round_keys(purpose: str, *numbers: int) -> np.ndarray:
-    """Keys of the rounds of `permute`, derived from a purpose and integers: uint64 [rounds]."""
-    digest = hashlib.blake2b(repr((purpose, *numbers)).encode("ascii"), digest_size=8 * _N_ROUNDS).digest()
-    return np.frombuffer(digest, dtype="<u8")
+    """Keys of the rounds of `permute`, derived from a purpose and integers: uint32 [rounds]."""
+    digest = hashlib.blake2b(repr((purpose, *numbers)).encode("ascii"), digest_size=4 * _N_ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u4")
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
@@ -61,29 +80,37 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
     Args:
         index: integers in 0..n-1.
-        n: size of the set, >= 1.
+        n: size of the set, 1 to 2^63.
         keys: from `round_keys`.
     """
     n_bits = max(int(n - 1).bit_length(), 1)
-    low_bits = np.uint64((n_bits + 1) // 2)
-    low_mask = np.uint64((1 << int(low_bits)) - 1)
-    high_mask = np.uint64((1 << (n_bits - int(low_bits))) - 1)
-    out = np.asarray(index).astype(np.uint64)
-    outside = np.arange(len(out))
+    low_bits = (n_bits + 1) // 2
+    out = _rounds(np.asarray(index, dtype=np.int64), keys, low_bits, n_bits - low_bits)
+    outside = np.flatnonzero(out >= n)
     while len(outside):
-        low, high = out[outside] & low_mask, out[outside] >> low_bits
-        for i, key in enumerate(keys):
-            if i % 2 == 0:
-                low = low ^ (_mix(high, key) & low_mask)
-            else:
-                high = high ^ (_mix(low, key) & high_mask)
-        out[outside] = (high << low_bits) | low
         # What landed between n and the power of two goes round again until it lands inside.
-        outside = outside[out[outside] >= n]
-    return out.astype(np.int64)
+        moved = _rounds(out[outside], keys, low_bits, n_bits - low_bits)
+        out[outside] = moved
+        outside = outside[moved >= n]
+    return out
 
 
-def _mix(half: np.ndarray, key: np.uint64) -> np.ndarray:
-    mixed = (half ^ key) * _MIX_1
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX_2
-    return mixed ^ (mixed >> np.uint64(32))
+def _rounds(numbers: np.ndarray, keys: np.ndarray, low_bits: int, high_bits: int) -> np.ndarray:
+    low_mask, high_mask = np.uint32((1 << low_bits) - 1), np.uint32((1 << high_bits) - 1)
+    low, high = numbers.astype(np.uint32) & low_mask, (numbers >> low_bits).astype(np.uint32)
+    for i, key in enumerate(keys):
+        if i % 2 == 0:
+            low ^= _mix(high, key) & low_mask
+        else:
+            high ^= _mix(low, key) & high_mask
+    return (high.astype(np.int64) << low_bits) | low
+
+
+def _mix(half: np.ndarray, key: np.uint32) -> np.ndarray:
+    mixed = half ^ key
+    mixed ^= mixed >> np.uint32(16)
+    mixed *= _MIX_1
+    mixed ^= mixed >> np.uint32(13)
+    mixed *= _MIX_2
+    mixed ^= mixed >> np.uint32(16)
+    return mixed

@@ -21,9 +21,9 @@ _LINE_INTERVAL_S = 5.0
 
 
 class Advance(Protocol):
-    """Adds finished units to the bar of a step."""
+    """Adds finished units to the bar of a step; a note, such as a rate, is shown beside it until the next one."""
 
-    def __call__(self, units: int, /) -> None: ...
+    def __call__(self, units: int, note: str = "", /) -> None: ...
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def show_step(title: str, total: int | None, *, visible: bool) -> Iterator[Advan
     """
     console = Console(stderr=True)
     if not visible:
-        yield lambda units: None
+        yield lambda units, note="": None
     elif console.is_terminal:
         columns = (
             TextColumn("{task.description:<28}"),
@@ -45,9 +45,10 @@ def show_step(title: str, total: int | None, *, visible: bool) -> Iterator[Advan
             TaskProgressColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bars:
-            task = bars.add_task(title, total=total)
-            yield lambda units: bars.advance(task, units)
+        notes = TextColumn("{task.fields[note]}")
+        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), notes, console=console) as bars:
+            task = bars.add_task(title, total=total, note="")
+            yield lambda units, note="": bars.update(task, advance=units, note=note)
             bars.update(task, total=total or 1, completed=total or 1)
     else:
         lines = _Lines(console, title, total)
@@ -63,11 +64,12 @@ class _Lines:
         self._total = total
         self._done = 0
 
-    def advance(self, units: int) -> None:
+    def advance(self, units: int, note: str = "") -> None:
         self._done += units
         now = time.monotonic()
         if self._total and now - self._shown_at >= _LINE_INTERVAL_S:
             self._shown_at = now
             share = min(self._done / self._total, 1.0)
             left_s = (now - self.started_at) * (1 - share) / max(share, 1e-9)
-            self._console.print(f"{self._title}: {share:.0%}, about {left_s:.0f} s left", highlight=False)
+            line = f"{self._title}: {share:.0%}, about {left_s:.0f} s left{note and f', {note}'}"
+            self._console.print(line, highlight=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.manifest import FORMAT, MANIFEST_NAME
 
-_OWN_SUFFIXES = (".tar", ".json")
+_OWN_SUFFIXES = (".tar", ".json", ".blocks")
 
 
 def check_target(out: Path) -> None:
@@ -55,12 +55,31 @@ def publish_folder(out: Path, *, replace: bool) -> Iterator[Path]:
         new = aside / "new"
         new.mkdir()
         yield new
-        for path in (*new.iterdir(), new):
-            _flush(path)
-        _move(new, out, aside / "old", replace=replace)
-        _flush(out.parent)
+        move_into_place(new, out, aside / "old", replace=replace)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def move_into_place(new: Path, out: Path, old: Path, *, replace: bool) -> None:
+    """Flush a complete folder to disk and rename it to `out`; what was there is moved to `old`.
+
+    Args:
+        new: the folder, on the same file system.
+        out: the final place.
+        old: a name that is free.
+        replace: as for `publish_folder`; where it is False and `out` exists, `new` stays.
+    """
+    for path in (*new.iterdir(), new):
+        _flush(path)
+    _move(new, out, old, replace=replace)
+    _flush(out.parent)
+
+
+def settle_replacement(out: Path, old: Path) -> None:
+    """End what a killed `move_into_place` has begun: the old folder is put back, unless the new one is in its place."""
+    if old.exists() and not out.exists():
+        old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -1,31 +1,81 @@
-"""Tokens on disk as one long array: memory-mapped blocks, each verified the first time it is touched."""
+"""Tokens on disk as one long array: memory-mapped shards, each block verified before its first token is used."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from transmamba.data_pipeline.blocks import STARTS_DTYPE, block_digest, blocks_name, faults_of, map_rows, rows_digest
 from transmamba.data_pipeline.errors import DamagedData, DataError
-from transmamba.data_pipeline.manifest import Manifest, Split
+from transmamba.data_pipeline.manifest import Manifest, Shard, Split, check_shard
 
-STARTS_DTYPE = np.dtype("<u4")
+_AGAIN = "copy it again or make it with `transmamba data prepare`"
+
+
+# What is known of a block: it was verified in the head of its shard, or in the whole one.
+_HEAD, _WHOLE = 1, 2
+
+
+class Places(NamedTuple):
+    """Rows of tokens on disk: first token in the split, shard, row of the table, and index in the shard's map; then how
+    many of the tokens lie in that block, and the index of the rest of them in the next (-1 if they go on elsewhere)."""
+
+    starts: np.ndarray
+    shards: np.ndarray
+    rows: np.ndarray
+    firsts: np.ndarray
+    heads: np.ndarray
+    nexts: np.ndarray
+
+    def pick(self, indices: np.ndarray | slice) -> Places:
+        """These of them, in this order."""
+        return Places(*(column[indices] for column in self))
+
+
+class ShardFiles(Protocol):
+    """Where a store finds its shards."""
+
+    def path(self, shard: Shard, n_bytes: int | None = None) -> Path:
+        """A local copy of the shard, or of its first `n_bytes` or more; may have to be fetched first."""
+        ...
+
+    def expect(self, now: Sequence[Shard], soon: Sequence[Shard]) -> None:
+        """These shards are wanted now and these after them; others can go."""
+        ...
+
+
+class LocalFiles:
+    """Shards that lie beside their manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, shard: Shard, n_bytes: int | None = None) -> Path:
+        """The shard's place."""
+        return self._folder / shard.name
+
+    def expect(self, now: Sequence[Shard], soon: Sequence[Shard]) -> None:
+        """They are here already."""
 
 
 class TokenStore:
     """The tokens of one split in manifest order, as if its shards were one array.
 
-    A block's SHA-256 is checked before its first token is handed out by this process.
+    What is kept per shard and per block in memory is a few numbers and one byte; the rest stays on disk.
 
     Args:
         manifest: of the folder to read.
         split: "train" or "validation".
+        files: where the shards are; not given, beside the manifest.
 
     Raises:
-        DataError: there is no such split.
+        DataError: there is no such split, or its table of blocks has another size.
     """
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    def __init__(self, manifest: Manifest, split: str, files: ShardFiles | None = None) -> None:
         if split not in manifest.splits:
             raise DataError(split, "no such split", f"use one of {', '.join(manifest.splits)}")
         self.manifest = manifest
@@ -33,16 +83,23 @@ class TokenStore:
         self.n_tokens = self.split.n_tokens
         self.eod_id = manifest.eod_id
         self.dtype = np.dtype(manifest.token_dtype)
-        self._blocks = [(i, block) for i, shard in enumerate(self.split.shards) for block in shard.blocks]
-        ends = np.cumsum([block.n_tokens for _, block in self._blocks], dtype=np.int64)
-        self._first_tokens = np.concatenate([[0], ends])
+        self.files = LocalFiles(manifest.folder) if files is None else files
+        shards = self.split.shards
+        self._first_tokens = np.cumsum([0, *(shard.n_tokens for shard in shards)], dtype=np.int64)
+        self._first_rows = np.cumsum([0, *(shard.n_blocks for shard in shards)], dtype=np.int64)
+        self._table_path = manifest.folder / blocks_name(split)
+        self._table: np.ndarray | None = None
+        self._verified = np.zeros(int(self._first_rows[-1]), dtype=np.uint8)
+        self._checked_rows = bytearray(len(shards))
+        # Shard files as arrays of token ids; blocks are ranges of them. A window that ends in another shard
+        # needs only the head of that one.
         self._maps: dict[int, np.ndarray] = {}
-        self._verified = np.zeros(len(self._blocks), dtype=bool)
+        self._heads: dict[int, np.ndarray] = {}
 
     @property
     def shard_first_tokens(self) -> np.ndarray:
         """Position of each shard's first token, and the total at the end: int64 [shards + 1]."""
-        return np.concatenate([[0], np.cumsum([shard.n_tokens for shard in self.split.shards], dtype=np.int64)])
+        return self._first_tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Copy tokens `start` to `stop` (exclusive) in the stored dtype.
@@ -51,71 +108,178 @@ class TokenStore:
             ValueError: the range is outside the split.
             DamagedData: a block does not match its digest.
         """
-        out = np.empty(stop - start, dtype=self.dtype)
-        for i, low, high in self._pieces(start, stop):
-            first = int(self._first_tokens[i])
-            out[low - start : high - start] = self._tokens_of(i)[low - first : high - first]
-        return out
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise ValueError(f"tokens {start} to {stop} are outside 0 to {self.n_tokens}")
+        out_BT = np.empty((1, stop - start), dtype=self.dtype)
+        if start < stop:
+            self.gather(self.locate(np.array([start], dtype=np.int64), stop - start), out_BT)
+        return out_BT[0]
+
+    def locate(self, starts_B: np.ndarray, length: int) -> Places:
+        """Where the `length` tokens from each start lie; reads the table of blocks and no token.
+
+        Raises:
+            ValueError: a row reaches outside the split.
+            DamagedData: the table of blocks does not match its digest.
+        """
+        if len(starts_B) and not 0 <= starts_B.min() <= starts_B.max() + length <= self.n_tokens:
+            where = f"{starts_B.min()} to {starts_B.max() + length}"
+            raise ValueError(f"tokens {where} are outside 0 to {self.n_tokens}")
+        shards_B = np.searchsorted(self._first_tokens, starts_B, side="right") - 1
+        blocks_B, inside_B = np.divmod(starts_B - self._first_tokens[shards_B], self.manifest.block_tokens)
+        rows_B = self._first_rows[shards_B] + blocks_B
+        for shard in np.unique(shards_B).tolist():
+            self._check_rows(shard)
+        table, width = self._rows(), self.dtype.itemsize
+        firsts_B = inside_B + (table["tokens_offset"][rows_B] // width).astype(np.int64)
+        heads_B = np.minimum(table["n_tokens"][rows_B].astype(np.int64) - inside_B, length)
+        following_B = np.minimum(rows_B + 1, self._first_rows[shards_B + 1] - 1)
+        nexts_B = (table["tokens_offset"][following_B] // width).astype(np.int64)
+        nexts_B[(following_B == rows_B) | (length - heads_B > table["n_tokens"][following_B])] = -1
+        return Places(starts_B, shards_B, rows_B, firsts_B, heads_B, nexts_B)
+
+    def gather(self, places: Places, out_BT: np.ndarray) -> None:
+        """Copy the tokens of the places into the rows of `out_BT`, which is contiguous.
+
+        Raises:
+            DamagedData: a block does not match its digest.
+        """
+        n_rows, length = out_BT.shape
+        if not n_rows:
+            return
+        simple_B = (places.heads == length) & (self._verified[places.rows] == _WHOLE)
+        others = {i: self._pieces_of(places, i, length) for i in np.flatnonzero(~simple_B).tolist()}
+        maps = self._maps
+        shards, firsts = places.shards.tolist(), places.firsts.tolist()
+        pieces = [maps[shard][first : first + length] for shard, first in zip(shards, firsts, strict=True)]
+        for i in reversed(others):
+            pieces[i : i + 1] = others[i]
+        # One copy for all rows: quicker than row by row.
+        np.concatenate(pieces, out=out_BT.reshape(-1))
 
     def starts(self, start: int, stop: int) -> np.ndarray:
-        """Positions of the document starts in `start` to `stop` (exclusive), ascending: int64.
+        """Positions of the document starts in `start` to `stop` (exclusive) as the shards record them: int64.
 
         Raises:
             ValueError: the range is outside the split.
             DamagedData: a block does not match its digest.
         """
-        parts = []
-        for i, low, high in self._pieces(start, stop):
-            positions = self._starts_of(i).astype(np.int64) + self._first_tokens[i]
-            parts.append(positions[np.searchsorted(positions, low) : np.searchsorted(positions, high)])
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f"tokens {start} to {stop} are outside 0 to {self.n_tokens}")
-        pieces = []
-        i = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
+        parts = [np.empty(0, dtype=np.int64)]
         while start < stop:
-            end = min(stop, int(self._first_tokens[i + 1]))
-            pieces.append((i, start, end))
-            start, i = end, i + 1
+            _, row, begin = self._locate(start)
+            tokens, starts = self._block(row, whole=True)
+            found = starts.astype(np.int64) + begin
+            parts.append(found[(found >= start) & (found < stop)])
+            start = begin + len(tokens)
+        return np.concatenate(parts)
+
+    def expect(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        """Prepare for windows of the shards `now`, then of those in `soon`; maps of others are given up."""
+        for shard in self._maps.keys() - set(now):
+            del self._maps[shard]
+            self._forget(shard)
+        for shard in self._heads.keys() - self._maps.keys():
+            self._forget(shard)
+        self._heads.clear()
+        shards = self.split.shards
+        self.files.expect([shards[i] for i in now], [shards[i] for i in soon])
+
+    def _pieces_of(self, places: Places, i: int, length: int) -> list[np.ndarray]:
+        """The tokens of a row that is in two blocks, or in blocks that were not verified yet."""
+        row, following = int(places.rows[i]), int(places.nexts[i])
+        if following < 0 or self._verified[row] != _WHOLE or self._verified[row + 1] != _WHOLE:
+            return self._pieces(int(places.shards[i]), int(places.starts[i]), length)
+        tokens, first, head = self._maps[int(places.shards[i])], int(places.firsts[i]), int(places.heads[i])
+        return [tokens[first : first + head], tokens[following : following + length - head]]
+
+    def _pieces(self, home: int, start: int, length: int) -> list[np.ndarray]:
+        """Tokens from `start` on, block by block, maybe of shards after their `home`; verified."""
+        pieces = []
+        while length:
+            shard, row, begin = self._locate(start)
+            tokens, _ = self._block(row, whole=shard == home)
+            pieces.append(tokens[start - begin :][:length])
+            start, length = start + len(pieces[-1]), length - len(pieces[-1])
         return pieces
 
-    def _tokens_of(self, i: int) -> np.ndarray:
-        self._verify(i)
-        return self._raw(i)[0].view(self.dtype)
+    def _locate(self, position: int) -> tuple[int, int, int]:
+        """Shard and row of the table that hold a token, and the position at which the block begins."""
+        shard = int(np.searchsorted(self._first_tokens, position, side="right")) - 1
+        block, inside = divmod(position - int(self._first_tokens[shard]), self.manifest.block_tokens)
+        return shard, int(self._first_rows[shard]) + block, position - inside
 
-    def _starts_of(self, i: int) -> np.ndarray:
-        self._verify(i)
-        return self._raw(i)[1].view(STARTS_DTYPE)
+    def _block(self, row: int, *, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and starts of a block, verified; `whole` says that more of its shard will be needed."""
+        shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        self._check_rows(shard)
+        entry = self._rows()[row]
+        first, second = int(entry["tokens_offset"]), int(entry["starts_offset"])
+        end, starts_end = first + self.dtype.itemsize * int(entry["n_tokens"]), second + 4 * int(entry["n_starts"])
+        data = self._open(shard, None if whole else max(end, starts_end)).view(np.uint8)
+        tokens, starts = data[first:end], data[second:starts_end]
+        if not self._verified[row]:
+            if block_digest(tokens, starts) != entry["digest"].tobytes():
+                path = self.manifest.folder / self.split.shards[shard].name
+                raise DamagedData(str(path), f"the block at byte {first} does not match its digest", _AGAIN)
+            self._verified[row] = _WHOLE if shard in self._maps else _HEAD
+        return tokens.view(self.dtype), starts.view(STARTS_DTYPE)
 
-    def _verify(self, i: int) -> None:
-        if self._verified[i]:
+    def _rows(self) -> np.ndarray:
+        if self._table is None:
+            rows = map_rows(self._table_path)
+            if len(rows) != self._first_rows[-1]:
+                problem = f"{len(rows)} blocks instead of {self._first_rows[-1]}"
+                raise DamagedData(str(self._table_path), problem, _AGAIN)
+            self._table = rows
+        return self._table
+
+    def _open(self, index: int, n_bytes: int | None = None) -> np.ndarray:
+        """Map a shard, or its first `n_bytes` at least, and check its part of the table."""
+        if index in self._maps:
+            return self._maps[index]
+        if n_bytes is not None and index in self._heads and self._heads[index].nbytes >= n_bytes:
+            return self._heads[index]
+        shard = self.split.shards[index]
+        path = self.files.path(shard, n_bytes)
+        try:
+            # A plain view: slicing np.memmap itself is several times slower.
+            tokens = np.asarray(np.memmap(path, dtype=self.dtype, mode="r"))
+            if n_bytes is None or tokens.nbytes >= shard.n_bytes:
+                check_shard(path, shard)
+                self._maps[index] = tokens
+            elif tokens.nbytes >= n_bytes:
+                self._heads[index] = tokens
+            else:
+                raise DataError(str(path), f"{tokens.nbytes} bytes instead of {n_bytes}", _AGAIN)
+        except DataError as error:
+            # It was whole when the manifest was read.
+            raise DamagedData(error.what, error.problem, error.fix) from error
+        except (OSError, ValueError) as error:
+            raise DamagedData(str(path), f"cannot be mapped ({error})", _AGAIN) from error
+        # What was verified before were the bytes of another map.
+        self._forget(index)
+        return tokens
+
+    def _forget(self, index: int) -> None:
+        self._verified[self._first_rows[index] : self._first_rows[index + 1]] = 0
+
+    def _check_rows(self, index: int) -> None:
+        """Compare a shard's part of the table with its digest, once."""
+        if self._checked_rows[index]:
             return
-        shard, block = self._blocks[i]
-        if block_digest(*self._raw(i)) != block.sha256:
-            path = self.manifest.folder / self.split.shards[shard].name
-            problem = f"the block at byte {block.tokens_offset} does not match its digest"
-            raise DamagedData(str(path), problem, "copy the shard again or make it with `transmamba data prepare`")
-        self._verified[i] = True
-
-    def _raw(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        shard, block = self._blocks[i]
-        if shard not in self._maps:
-            path = self.manifest.folder / self.split.shards[shard].name
-            try:
-                # A plain view: slicing np.memmap itself is several times slower.
-                self._maps[shard] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-            except (OSError, ValueError) as error:
-                raise DamagedData(str(path), f"cannot be mapped ({error})", "copy the shard again") from error
-        data = self._maps[shard]
-        tokens_end = block.tokens_offset + block.n_tokens * self.dtype.itemsize
-        starts_end = block.starts_offset + block.n_starts * STARTS_DTYPE.itemsize
-        return data[block.tokens_offset : tokens_end], data[block.starts_offset : starts_end]
-
-
-def block_digest(tokens: np.ndarray, starts: np.ndarray) -> str:
-    """SHA-256 over the raw bytes of a block's tokens and then of its document starts."""
-    digest = hashlib.sha256(tokens.tobytes())
-    digest.update(starts.tobytes())
-    return digest.hexdigest()
+        shard = self.split.shards[index]
+        rows = self._rows()[self._first_rows[index] : self._first_rows[index + 1]]
+        if rows_digest(rows) != shard.blocks_sha256:
+            raise DamagedData(str(self._table_path), f"the rows of {shard.name} do not match their digest", _AGAIN)
+        fault = faults_of(
+            rows,
+            n_bytes=shard.n_bytes,
+            n_tokens=shard.n_tokens,
+            block_tokens=self.manifest.block_tokens,
+            width=self.dtype.itemsize,
+        )
+        if fault:
+            raise DamagedData(str(self._table_path), f"{shard.name}: {fault}", _AGAIN)
+        self._checked_rows[index] = True

@@ -2,15 +2,21 @@
 # B batch, T tokens.
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from transmamba.config import DataConfig, TrainConfig
-from transmamba.data_pipeline.stream import Stream, Windows
+from transmamba.config import Config, DataConfig, TrainConfig
+from transmamba.data_pipeline.mixture import Mixture
+from transmamba.data_pipeline.stream import Windows
 from transmamba.kernels.documents import Documents
+from transmamba.ledger import Ledger
 from transmamba.parallel.topology import Topology
+from transmamba.prefetch import RowReader, Rows
+
+_AHEAD_ON_GPU = 2
 
 
 class MicroBatch(NamedTuple):
@@ -26,18 +32,64 @@ class MicroBatch(NamedTuple):
     transpoints: Sequence[int | float]
 
 
+class Packer:
+    """Turns rows of windows into micro-batches on the device, cut to this rank's tokens."""
+
+    def __init__(self, data: DataConfig, train: TrainConfig, topology: Topology):
+        self.document_mask, self.micro_batch, self.topology = data.document_mask, train.micro_batch, topology
+
+    def pack(self, rows: Rows, transpoints: Sequence[int | float], total: float) -> MicroBatch:
+        """One micro-batch of these rows; `total` divides the weights."""
+        device, own = self.topology.device, self.topology.shards.own_tokens
+        tokens_BT = rows.tokens_BT.to(device, non_blocking=True)
+        weight_BT = rows.weight_BT.to(device, non_blocking=True).to(torch.float32) / max(total, 1.0)
+        n_rows, n_tokens = weight_BT.shape
+        if self.document_mask:
+            documents = Documents.from_starts([starts.tolist() for starts in rows.starts], n_tokens, device)
+        else:
+            documents = Documents.whole(n_rows, n_tokens, device)
+        return MicroBatch(own(tokens_BT[:, :-1]), own(tokens_BT[:, 1:]), own(weight_BT), documents, transpoints)
+
+    def pack_windows(self, windows: Windows, transpoints: Sequence[int | float]) -> MicroBatch:
+        """One micro-batch of windows that count in full."""
+        starts = [torch.from_numpy(row) for row in windows.starts]
+        rows = Rows(torch.from_numpy(windows.tokens_BT), starts, torch.from_numpy(windows.weight_BT))
+        return self.pack(rows, transpoints, total=1.0)
+
+
 class Batches:
     """This rank's part of the global batches of a run; its state is the step, nothing else.
 
     The data-parallel ranks take consecutive rows of a global batch, so its content does not depend on their number.
+
+    Args:
+        ledger_folder: of the run, to note every window; None notes nothing.
     """
 
-    def __init__(self, stream: Stream, data: DataConfig, train: TrainConfig, topology: Topology):
-        self.stream, self.topology = stream, topology
-        self.document_mask = data.document_mask
-        self.global_batch, self.micro_batch = train.global_batch, train.micro_batch
+    def __init__(self, mixture: Mixture, config: Config, topology: Topology, ledger_folder: Path | None = None):
+        data, train = config.data, config.train
+        self.mixture, self.topology = mixture, topology
+        self.packer = Packer(data, train, topology)
+        self.global_batch = train.global_batch
         self.n_rows_local = train.global_batch // topology.dp
+        self.first_row_local = topology.dp_rank * self.n_rows_local
         self.skips = sorted(tuple(int(end) for end in text.split(":")) for text in data.skip)
+        on_gpu = topology.device.type == "cuda"
+        ahead = data.prefetch
+        if ahead is None:
+            ahead = _AHEAD_ON_GPU if on_gpu else 0
+        self._reader = RowReader(
+            mixture,
+            global_batch=train.global_batch,
+            first_row=self.first_row_local,
+            n_rows=self.n_rows_local,
+            ahead=ahead,
+            pin=on_gpu,
+            limit_s=config.watchdog.limit_s or 0,
+        )
+        self._ledger = None
+        if ledger_folder is not None and topology.is_first_of_rows:
+            self._ledger = Ledger(ledger_folder, topology.dp_rank)
 
     def data_step(self, step: int) -> int:
         """The global batch that training step `step` (from 0) uses: skipped ranges shift all later ones."""
@@ -48,27 +100,21 @@ class Batches:
 
     def of_step(self, step: int, transpoints: Sequence[int | float]) -> list[MicroBatch]:
         """The micro-batches of training step `step`, in order."""
-        first_row = self.data_step(step) * self.global_batch + self.topology.dp_rank * self.n_rows_local
-        windows = self.stream.rows(first_row, self.n_rows_local)
-        local = torch.tensor(windows.weight_BT.sum(dtype="float64"), dtype=torch.float64)
-        total = float(self.topology.sum_rows(local))
+        data_step = self.data_step(step)
+        rows = self._reader.rows(data_step, self.data_step(step + 1))
+        if self._ledger is not None:
+            first = data_step * self.global_batch + self.first_row_local
+            samples = self.mixture.samples(first, self.n_rows_local)
+            self._ledger.write(step, data_step, samples, rows.tokens_BT)
+        total = float(self.topology.sum_rows(rows.weight_BT.sum(dtype=torch.float64)))
+        size = self.packer.micro_batch
         return [
-            self.pack(windows, first, first + self.micro_batch, transpoints, total)
-            for first in range(0, self.n_rows_local, self.micro_batch)
+            self.packer.pack(rows.part(first, first + size), transpoints, total)
+            for first in range(0, self.n_rows_local, size)
         ]
 
-    def pack(
-        self, windows: Windows, first: int, last: int, transpoints: Sequence[int | float], total: float
-    ) -> MicroBatch:
-        """Rows `first` to `last` (exclusive) as tensors; `total` divides the weights."""
-        device, own = self.topology.device, self.topology.shards.own_tokens
-        tokens = torch.from_numpy(windows.tokens_BT[first:last]).to(device)
-        weight_BT = torch.from_numpy(windows.weight_BT[first:last]).to(device) / max(total, 1.0)
-        n_rows, n_tokens = weight_BT.shape
-        if self.document_mask:
-            documents = Documents.from_starts(
-                [starts.tolist() for starts in windows.starts[first:last]], n_tokens, device
-            )
-        else:
-            documents = Documents.whole(n_rows, n_tokens, device)
-        return MicroBatch(own(tokens[:, :-1]), own(tokens[:, 1:]), own(weight_BT), documents, transpoints)
+    def close(self) -> None:
+        """End the reading process and the ledger."""
+        self._reader.close()
+        if self._ledger is not None:
+            self._ledger.close()

@@ -19,8 +19,7 @@ from transmamba.batches import MicroBatch
 from transmamba.bench import results_folder
 from transmamba.compose import load
 from transmamba.config import Config
-from transmamba.data_pipeline.manifest import load_manifest
-from transmamba.data_pipeline.prepare import default_corpus
+from transmamba.corpus import open_corpus
 from transmamba.heartbeat import Heartbeat
 from transmamba.loop import train_steps
 from transmamba.machine import describe_device, versions
@@ -43,13 +42,13 @@ def bench_step(budget_s: float, out: Path) -> int:
         config = load(
             [f"run.dir={folder}/run", f"train.steps={BLOCK}", f"checkpoint.every={BLOCK}", "sample.prompt=''"]
         )
-        config.data.path = str(default_corpus())
+        corpus = open_corpus(config)
         topology = groups.start(config.parallel)
         try:
             session.settle_machine(config, topology, None)
             run_folder = make_folder(config, topology)
             describe(config, run_folder, topology.device)
-            run = build_run(config, topology, run_folder, {"train": load_manifest(Path(config.data.path))})
+            run = build_run(config, topology, run_folder, corpus)
             run.held.clear()  # validation is work that was asked for, not overhead
             record = _alternate(run, started + budget_s)
         finally:
@@ -67,7 +66,7 @@ def bench_step(budget_s: float, out: Path) -> int:
 
 
 def _alternate(run: Run, deadline: float) -> dict[str, Any]:
-    bare = _BareLoop(run.config, run.manifest.vocab_size)
+    bare = _BareLoop(run.config, run.corpus.vocab_size)
     batches = [run.batches.of_step(step, effective_points(run.config, step)) for step in range(BLOCK)]
     bare.steps(batches[:3])
     journal, feed = Journal(run.folder, 0), WandbFeed(run.folder, run.config.wandb)

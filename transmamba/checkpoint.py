@@ -1,58 +1,46 @@
 """Checkpoints: named global tensors in slices, safetensors files, one JSON manifest. No pickle anywhere.
 
 A checkpoint is written into a temporary directory, its files are fsynced, the manifest comes last, and one rename
-publishes it. A directory without a valid manifest does not exist. Every load verifies every byte it uses.
+publishes it. A directory without a valid manifest does not exist. The manifest carries its own SHA-256 in its first
+line, the SHA-256 of every file, and a checksum of every slice, so that a rank verifies what it reads and reads no more.
 """
 
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load as decode_safetensors
-from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
-FORMAT_VERSION = 2
+from transmamba import disk
+from transmamba.data_pipeline.progress import show_step
+from transmamba.sealed import CheckpointError, opened, seal, unseal
+from transmamba.slices import Piece, Shard, assemble, check_cover
+from transmamba.staging import DTYPES, Image, Slice, plan, write_image
+
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-FILE_BYTES = 1 << 30  # a file is closed when it holds this much
+TEMPORARY = ".tmp-"
+QUARANTINE = "quarantine"
+SHOWN_BYTES = 4 << 30  # a few seconds of reading and hashing
 _STEP_PREFIX = "step-"
-_TEMPORARY = ".tmp-"
 
-
-class Shard(NamedTuple):
-    """The part of a global tensor that a tensor-parallel rank holds: slice `part` of `n_parts` along `dim`."""
-
-    dim: int
-    part: int
-    n_parts: int
-
-
-class Piece(NamedTuple):
-    """A contiguous range of one flattened tensor of one kind, global or a shard of it, on its way to disk.
-
-    Kinds: "master" (float32 weight), "exp_avg", "exp_avg_sq" (Adam's moments), "buffer" (saved, not trained) and
-    "weight" (a value under its usual name that training holds in parts).
-    """
-
-    name: str
-    kind: str
-    shape: Sequence[int]  # of the global tensor
-    start: int
-    values: Tensor
-    shard: Shard | None = None
+Key = tuple[str, str]  # name and kind of a tensor
 
 
 class Ranks(Protocol):
-    """The processes that write one checkpoint together."""
+    """The processes that write or read one checkpoint together."""
 
     @property
     def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -62,11 +50,15 @@ class Ranks(Protocol):
         """Every rank's value, on every rank."""
         ...
 
+    def sum_all(self, values: Tensor) -> Tensor:
+        """Sum over every rank."""
+        ...
+
 
 class Alone:
     """One process."""
 
-    rank = 0
+    rank, world_size = 0, 1
 
     def share(self, value: Any) -> Any:
         return value
@@ -74,9 +66,8 @@ class Alone:
     def collect(self, value: Any) -> list[Any]:
         return [value]
 
-
-class CheckpointError(Exception):
-    """A checkpoint that must not be used; the text names the file and what is wrong with it."""
+    def sum_all(self, values: Tensor) -> Tensor:
+        return values
 
 
 class StorageError(Exception):
@@ -85,20 +76,69 @@ class StorageError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its manifest and whole flattened tensors by (name, kind)."""
+    """A checkpoint on disk. Tensors are read when they are asked for, and verified from the memory they are read to."""
 
     path: Path
     manifest: dict[str, Any]
-    tensors: dict[tuple[str, str], Tensor]
+    slices: dict[Key, dict[Shard | None, list[Slice]]]
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self.manifest["step"]
 
+    @property
+    def tensors(self) -> Mapping[Key, Tensor]:
+        """Whole flattened tensors by (name, kind), each read at its look-up."""
+        return _Tensors(self)
+
     def shaped(self, name: str, kind: str) -> Tensor:
         """One tensor in its global shape."""
-        return self.tensors[name, kind].view(self.manifest["tensors"][name])
+        shape, shards = self.manifest["tensors"][name], self.slices[name, kind]
+        parts = {shard: [self._read(entry) for entry in entries] for shard, entries in shards.items()}
+        return assemble(shape, parts).view(shape)
+
+    def part(self, name: str, kind: str, shard: Shard | None, start: int, length: int) -> Tensor:
+        """Elements from `start` of the flattened tensor or of a shard of it; reads little more where it was cut alike.
+
+        Raises:
+            CheckpointError: it cannot be read, or does not match its checksum.
+        """
+        entries = self.slices[name, kind].get(shard)
+        if entries is None:
+            whole = self.shaped(name, kind)
+            return (whole if shard is None else shard.of(whole)).flatten()[start : start + length]
+        found = [entry for entry in entries if entry.start < start + length and start < entry.start + entry.length]
+        values = [self._read(entry) for entry in found]
+        first = start - found[0].start if found else 0
+        return (values[0] if len(values) == 1 else torch.cat(values))[first : first + length]
+
+    def _read(self, entry: Slice) -> Tensor:
+        data = bytearray(entry.n_bytes)
+        with opened(self.path / entry.file) as (descriptor, _):
+            view, n_read = memoryview(data), 0
+            while n_read < len(view):
+                got = os.preadv(descriptor, [view[n_read:]], entry.offset + n_read)
+                if not got:
+                    raise CheckpointError(f"{self.path / entry.file}: ends within {entry.name}")
+                n_read += got
+        if zlib.crc32(data) != entry.crc32:
+            raise CheckpointError(f"{self.path / entry.file}: {entry.kind} of {entry.name} has another checksum")
+        return torch.frombuffer(data, dtype=DTYPES[entry.dtype])
+
+
+class _Tensors(Mapping[Key, Tensor]):
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, key: Key) -> Tensor:
+        return self._checkpoint.shaped(*key).flatten()
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._checkpoint.slices)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.slices)
 
 
 def directory_of(folder: Path, step: int) -> Path:
@@ -106,8 +146,13 @@ def directory_of(folder: Path, step: int) -> Path:
     return folder / f"{_STEP_PREFIX}{step:08d}"
 
 
+def temporary_of(folder: Path, step: int) -> Path:
+    """Where it is written before it is published."""
+    return folder / f"{TEMPORARY}{_STEP_PREFIX}{step:08d}"
+
+
 def save(folder: Path, step: int, pieces: Iterable[Piece], record: dict[str, Any], ranks: Ranks | None = None) -> Path:
-    """Write and publish the checkpoint of `step`; a valid one that is already there is left alone.
+    """Write and publish the checkpoint of `step` at once; a valid one that is already there is left alone.
 
     Args:
         folder: the run's checkpoint folder.
@@ -123,162 +168,45 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], record: dict[str, Any
         StorageError: the file system refused; nothing was published and nothing older was touched.
     """
     ranks = ranks or Alone()
-    target = directory_of(folder, step)
-    temporary = folder / f"{_TEMPORARY}{target.name}"
-    if ranks.share(ranks.rank == 0 and _is_there(target)):
-        return target
-    _all_or_none(ranks, target, lambda: _make_anew(temporary) if ranks.rank == 0 else None)
-    parts = _all_or_none(ranks, target, lambda: _write_files(temporary, pieces, ranks.rank))
-    manifest = {"format_version": FORMAT_VERSION, "step": step, **record, **_merge(parts)}
-    _all_or_none(ranks, target, lambda: _publish(temporary, target, manifest) if ranks.rank == 0 else None)
+    temporary, target = temporary_of(folder, step), directory_of(folder, step)
+
+    def all_or_none(write: Callable[[], Any]) -> list[Any]:
+        # An error on any rank is an error on all, so that none waits for another.
+        try:
+            outcome = (write(), None)
+        except OSError as error:
+            outcome = (None, f"{error.filename or target}: {error.strerror or error}")
+        outcomes = ranks.collect(outcome)
+        for _, problem in outcomes:
+            if problem is not None:
+                raise StorageError(problem)
+        return [result for result, _ in outcomes]
+
+    all_or_none(lambda: disk.make_folder(temporary) if ranks.rank == 0 else None)
+    images = ((file, file.views()) for file in plan(pieces, ranks.rank))
+    parts = all_or_none(lambda: write_part(temporary, images))
+    part = merge(parts)
+    all_or_none(lambda: publish(temporary, target, step, record, part) if ranks.rank == 0 else None)
     return target
 
 
-def _all_or_none(ranks: Ranks, target: Path, write: Callable[[], Any]) -> list[Any]:
-    """Every rank's result of `write`; an error on any rank is an error on all, so that none waits for another.
+def write_part(temporary: Path, images: Iterable[Image]) -> dict[str, Any]:
+    """Write a rank's files durably; returns its `tensors`, `slices` and `files` of the manifest.
 
     Raises:
-        StorageError: the file system refused somewhere.
+        OSError: the file system refused.
     """
-    try:
-        outcome = (write(), None)
-    except OSError as error:
-        outcome = (None, f"{target}: {error.strerror or error}")
-    outcomes = ranks.collect(outcome)
-    for _, problem in outcomes:
-        if problem is not None:
-            raise StorageError(problem)
-    return [result for result, _ in outcomes]
+    part: dict[str, Any] = {"tensors": {}, "slices": [], "files": {}}
+    for image in images:
+        file, _ = image
+        part["files"][file.name], slices = write_image(temporary, image)
+        part["slices"] += [entry._asdict() for entry in slices]
+        part["tensors"] |= {piece.name: list(piece.shape) for piece in file.pieces}
+    return part
 
 
-def _is_there(target: Path) -> bool:
-    """Whether a valid checkpoint is published already; a damaged one is put aside."""
-    if not (target / MANIFEST).exists():
-        return False
-    try:
-        read(target)
-    except CheckpointError:
-        _set_aside(target)
-        return False
-    return True
-
-
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _publish(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Manifest last, then one rename."""
-    _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
-    _sync_directory(temporary)
-    temporary.rename(target)
-    _sync_directory(target.parent)
-    hint = target.parent / f"{_TEMPORARY}LATEST"
-    _write_durably(hint, f"{target.name}\n".encode())
-    hint.rename(target.parent / "LATEST")
-
-
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints and the leftovers of saves that died; returns what went."""
-    old = published(folder)[keep:] + list(folder.glob(f"{_TEMPORARY}*"))
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return old
-
-
-def published(folder: Path) -> list[Path]:
-    """Checkpoint directories that have a manifest, newest step first. Names and times on disk decide nothing else."""
-    found = [path for path in folder.glob(f"{_STEP_PREFIX}*") if (path / MANIFEST).is_file()]
-    return sorted((path for path in found if path.name[len(_STEP_PREFIX) :].isdigit()), reverse=True)
-
-
-def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for every newer one that does not."""
-    rejected = []
-    for path in published(folder):
-        try:
-            return read(path), rejected
-        except CheckpointError as error:
-            rejected.append(str(error))
-    return None, rejected
-
-
-def read(path: Path) -> Checkpoint:
-    """Load a checkpoint and verify it: file hashes, slice digests, and that slices cover every tensor exactly once.
-
-    Raises:
-        CheckpointError: anything that does not verify.
-    """
-    manifest = read_manifest(path)
-    try:
-        contents = {name: _read_file(path / name, entry) for name, entry in manifest["files"].items()}
-        shards: dict[tuple[str, str], dict[Shard | None, list[Tensor]]] = {}
-        for entry in sorted(manifest["slices"], key=lambda entry: entry["start"]):
-            values = contents[entry["file"]][entry["key"]]
-            if _digest(values) != entry["sha256"]:
-                raise CheckpointError(f"{path / entry['file']}: slice {entry['key']} does not match its digest")
-            shard = None if entry["shard"] is None else Shard(*entry["shard"])
-            parts = shards.setdefault((entry["name"], entry["kind"]), {}).setdefault(shard, [])
-            if entry["start"] != sum(part.numel() for part in parts):
-                raise CheckpointError(f"{path / MANIFEST}: slices of {entry['name']} leave a hole or overlap")
-            parts.append(values)
-        tensors = {key: _assembled(path, key[0], manifest["tensors"][key[0]], found) for key, found in shards.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: malformed ({type(error).__name__}: {error})") from error
-    return Checkpoint(path, manifest, tensors)
-
-
-def _assembled(path: Path, name: str, shape: Sequence[int], shards: dict[Shard | None, list[Tensor]]) -> Tensor:
-    try:
-        return assemble(shape, shards)
-    except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST}: slices of {name} {error}") from error
-
-
-def assemble(shape: Sequence[int], shards: dict[Shard | None, list[Tensor]]) -> Tensor:
-    """One flattened global tensor from its slices in order, each part of it or of a shard of it exactly once.
-
-    Raises:
-        ValueError: something is missing or there twice.
-    """
-    flat = {shard: parts[0] if len(parts) == 1 else torch.cat(parts) for shard, parts in shards.items()}
-    first = next(iter(shards))
-    wanted = {None} if first is None else {first._replace(part=part) for part in range(first.n_parts)}
-    n_shards = 1 if first is None else first.n_parts
-    n_values = torch.Size(shape).numel()
-    if set(shards) != wanted or any(part.numel() * n_shards != n_values for part in flat.values()):
-        raise ValueError("end early or belong to other layouts")
-    if first is None:
-        return flat[None]
-    local = [size // first.n_parts if axis == first.dim else size for axis, size in enumerate(shape)]
-    return torch.cat([flat[first._replace(part=i)].view(local) for i in range(first.n_parts)], first.dim).flatten()
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory.
-
-    Raises:
-        CheckpointError: missing, not JSON, of another format version, or naming files outside the directory.
-    """
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: unreadable ({error})") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}")
-    if directory_of(path.parent, manifest.get("step", -1)).name != path.name:
-        raise CheckpointError(f"{file}: belongs to step {manifest.get('step')}")
-    for name in manifest.get("files", {}):
-        if Path(name).name != name:
-            raise CheckpointError(f"{file}: names a file outside its directory: {name}")
-    return manifest
-
-
-def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One `tensors`, `slices` and `files` of all ranks'."""
+def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One `tensors`, `slices` and `files` of several."""
     return {
         "tensors": {name: shape for part in parts for name, shape in part["tensors"].items()},
         "slices": [entry for part in parts for entry in part["slices"]],
@@ -286,86 +214,146 @@ def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write_files(folder: Path, pieces: Iterable[Piece], rank: int) -> dict[str, Any]:
-    """Write a rank's slices into files of bounded size; returns its `tensors`, `slices` and `files`."""
-    tensors: dict[str, list[int]] = {}
-    slices: list[dict[str, Any]] = []
-    files: dict[str, dict[str, Any]] = {}
-    batch: dict[str, Tensor] = {}
-    n_bytes = 0
+def publish(temporary: Path, target: Path, step: int, record: dict[str, Any], part: dict[str, Any]) -> None:
+    """Manifest last, then one rename. May be repeated after an error, wherever that came from.
 
-    def close() -> None:
-        nonlocal batch, n_bytes
-        if batch:
-            data = encode_safetensors(batch)
-            files[file_name()] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            _write_durably(folder / list(files)[-1], data)
-        batch, n_bytes = {}, 0
+    Args:
+        part: `tensors`, `slices` and `files` of all ranks, which are in `temporary`.
 
-    def file_name() -> str:
-        return f"rank{rank:05d}-{len(files):05d}.safetensors"
-
-    for piece in pieces:
-        if piece.values.numel() == 0:
-            continue
-        values = piece.values.detach().flatten().cpu().contiguous()
-        key = f"{piece.name}/{piece.kind}/{piece.start}"
-        tensors[piece.name] = list(piece.shape)
-        slices.append(
-            {
-                "name": piece.name,
-                "kind": piece.kind,
-                "shard": piece.shard,
-                "start": piece.start,
-                "length": values.numel(),
-                "dtype": str(values.dtype).removeprefix("torch."),
-                "file": file_name(),
-                "key": key,
-                "sha256": _digest(values),
-            }
-        )
-        batch[key] = values
-        n_bytes += values.nbytes
-        if n_bytes >= FILE_BYTES:
-            close()
-    close()
-    return {"tensors": tensors, "slices": slices, "files": files}
+    Raises:
+        OSError: the file system refused.
+    """
+    if temporary.exists():
+        manifest = {"format_version": FORMAT_VERSION, "step": step, **record, **part}
+        disk.write_file(temporary / MANIFEST, [seal(manifest)])
+        disk.sync_folder(temporary)
+        if _is_valid(target):
+            disk.remove(temporary)
+            return
+        if target.exists():
+            set_aside(target)
+        disk.rename(temporary, target)
+    disk.sync_folder(target.parent)
+    hint = target.parent / f"{TEMPORARY}LATEST"
+    with suppress(OSError):  # for people and scripts; nothing here reads it
+        disk.write_file(hint, [f"{target.name}\n".encode()])
+        disk.rename(hint, target.parent / "LATEST")
 
 
-def _read_file(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
-    """Bytes are hashed first and decoded from the same memory: what was verified is what is used."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: unreadable ({error.strerror})") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry["sha256"]:
-        raise CheckpointError(f"{path}: sha256 is {found}, the manifest says {entry['sha256']}")
-    return decode_safetensors(data)
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
-
-
-def _set_aside(path: Path) -> None:
-    """Keep a damaged checkpoint for whoever wants to look at it, out of the way of resume."""
-    quarantine = path.parent / "quarantine"
+def set_aside(path: Path) -> Path:
+    """Move a damaged checkpoint out of the way, for whoever wants to look at it; returns its new place."""
+    quarantine = path.parent / QUARANTINE
     quarantine.mkdir(exist_ok=True)
-    attempt = sum(1 for _ in quarantine.glob(f"{path.name}*"))
-    path.rename(quarantine / f"{path.name}-{attempt}")
+    attempt = sum(1 for _ in quarantine.glob(f"{path.name}-*"))
+    disk.rename(path, quarantine / f"{path.name}-{attempt}")
+    return quarantine / f"{path.name}-{attempt}"
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def published(folder: Path) -> list[Path]:
+    """Checkpoint directories that have a manifest, newest step first. Names and times on disk decide nothing else."""
+    found = [path for path in folder.glob(f"{_STEP_PREFIX}*") if (path / MANIFEST).exists()]
+    return sorted((path for path in found if path.name[len(_STEP_PREFIX) :].isdecimal()), reverse=True)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def newest_valid(
+    folder: Path, ranks: Ranks | None = None, *, show: bool = False
+) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint that verifies, and why every newer one does not; several ranks share the hashing.
+
+    Args:
+        show: the progress, of checkpoints that take more than a moment.
+    """
+    ranks = ranks or Alone()
+    rejected: dict[Path, str] = {}
+    for path in ranks.share(published(folder)):
+        checkpoint, fault = None, None
+        try:
+            checkpoint = look(path)
+            n_bytes = sum(entry["bytes"] for entry in checkpoint.manifest["files"].values()) // ranks.world_size
+            with show_step(f"verifying {path.name}", n_bytes, visible=show and n_bytes > SHOWN_BYTES) as advance:
+                verify(checkpoint, ranks.rank, ranks.world_size, advance)
+        except CheckpointError as error:
+            fault = str(error)
+        faults = [fault for fault in ranks.collect(fault) if fault is not None]
+        if not faults:
+            return checkpoint, rejected
+        rejected[path] = faults[0]
+    return None, rejected
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint of which every byte has been verified.
+
+    Raises:
+        CheckpointError: anything that does not verify.
+    """
+    checkpoint = look(path)
+    verify(checkpoint)
+    return checkpoint
+
+
+def verify(
+    checkpoint: Checkpoint, rank: int = 0, world_size: int = 1, advance: Callable[[int], None] = lambda n_bytes: None
+) -> None:
+    """Compare files with their hashes: all of them, or a rank's share; `advance` is told of bytes as they are done.
+
+    Raises:
+        CheckpointError: a file is missing, is of another size or has another hash, or there are more of them.
+    """
+    files = checkpoint.manifest["files"]
+    strangers = sorted({path.name for path in checkpoint.path.glob("*.safetensors")} - files.keys())
+    if strangers:
+        raise CheckpointError(f"{checkpoint.path / strangers[0]}: the manifest knows no such file")
+    for name, entry in sorted(files.items())[rank::world_size]:
+        path, hasher = checkpoint.path / name, hashlib.sha256()
+        with opened(path) as (descriptor, size):
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
+            while data := os.read(descriptor, disk.CHUNK_BYTES):
+                hasher.update(data)
+                advance(len(data))
+        if hasher.hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{path}: sha256 is {hasher.hexdigest()}, the manifest says {entry['sha256']}")
+
+
+def look(path: Path) -> Checkpoint:
+    """A checkpoint by its manifest alone: that is whole, and its slices cover every tensor exactly once.
+
+    Raises:
+        CheckpointError: missing, not as it was written, of another format version, or naming files elsewhere.
+    """
+    file = path / MANIFEST
+    manifest = unseal(file, FORMAT_VERSION)
+    slices: dict[Key, dict[Shard | None, list[Slice]]] = {}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if directory_of(path.parent, manifest["step"]).name != path.name:
+            raise ValueError(f"it belongs to step {manifest['step']}")
+        ends = dict.fromkeys(manifest["files"], 0)
+        for name in ends:
+            if Path(name).name != name or "\0" in name:
+                raise ValueError(f"a file outside its directory: {name}")
+        for values in manifest["slices"]:
+            entry = Slice(**values)
+            entry = entry._replace(shard=None if entry.shard is None else Shard(*entry.shard))
+            if entry.offset < ends[entry.file] or entry.length < 1:
+                raise ValueError(f"{entry.name} lies over other slices")
+            ends[entry.file] = entry.offset + entry.n_bytes
+            slices.setdefault((entry.name, entry.kind), {}).setdefault(entry.shard, []).append(entry)
+        if any(end > manifest["files"][name]["bytes"] for name, end in ends.items()):
+            raise ValueError("slices go beyond the ends of files")
+        for (name, _), shards in slices.items():
+            for entries in shards.values():
+                entries.sort(key=lambda entry: entry.start)
+            ranges = {shard: [(e.start, e.length) for e in entries] for shard, entries in shards.items()}
+            check_cover(manifest["tensors"][name], ranges)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: malformed ({type(error).__name__}: {error})") from error
+    return Checkpoint(path, manifest, slices)
+
+
+def _is_valid(target: Path) -> bool:
+    try:
+        read(target)
+    except CheckpointError:
+        return False
+    return True

@@ -7,6 +7,7 @@ import typer
 
 from transmamba.answer import answer
 from transmamba.cli_checkpoint import checkpoint
+from transmamba.cli_convert import add_conversions
 from transmamba.cli_data import data
 from transmamba.train import wait_politely
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 runs = typer.Typer(help="Look at runs.", no_args_is_help=True)
 bench = typer.Typer(help="Measure, after checking that the numbers are right.", no_args_is_help=True)
 app.add_typer(data, name="data")
+add_conversions(checkpoint)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(runs, name="runs")
 app.add_typer(bench, name="bench")
@@ -66,6 +68,39 @@ def generate(
     answer(run)
 
 
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for evaluate.json and the picture; the run's own if none")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Of every validation set; 0 takes all")] = 0,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per window; as in training if none")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm_eval, with commas: heldout_bits, heldout_choice, or any that it knows"),
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with task files of your own")] = None,
+    limit: Annotated[int, typer.Option(min=4, help="Documents per task")] = 100,
+) -> None:
+    """Bits per byte of every validation set, loss by position around the TransPoints, and tasks of lm_eval."""
+    from transmamba.scoring import evaluate as score
+    from transmamba.scoring import score_lines
+
+    def run() -> None:
+        folder = run_dir if out is None else out
+        print("\n".join(score_lines(score(run_dir, out=folder, max_tokens=max_tokens, seq_len=seq_len))))
+        print(f"written to {folder / 'evaluate.json'}, {folder / 'evaluate.png'}")
+        if tasks:
+            from transmamba.tasks import result_lines, run_tasks
+
+            names = tasks.split(",")
+            results = run_tasks(run_dir, tasks=names, include=include, out=folder, limit=limit)
+            print("\n".join([*result_lines(results), f"written to {folder / 'tasks.json'}"]))
+
+    answer(run)
+
+
 @runs.command()
 def compare(
     run_dirs: Annotated[list[Path], typer.Argument(help="Run folders; the others are compared with the first")],
@@ -104,6 +139,34 @@ def kernels(
 def bench_step(budget_s: Budget = 300, out: Results = Path("benchmarks/results")) -> None:
     """A training step of the framework against a bare loop of the same model."""
     from transmamba.bench_step import bench_step as measure
+
+    raise typer.Exit(measure(budget_s, out))
+
+
+@bench.command()
+def read(budget_s: Budget = 60, out: Results = Path("benchmarks/results")) -> None:
+    """Packed batches of tokens beside a bare memory map, Megatron's dataset and webdataset."""
+    from transmamba.bench_stream import bench_stream
+
+    raise typer.Exit(bench_stream(budget_s, out))
+
+
+@bench.command("prepare")
+def bench_prepare(
+    sources: Annotated[list[str] | None, typer.Argument(help="Text to use; the docstrings of packages if none")] = None,
+    budget_s: Budget = 240,
+    out: Results = Path("benchmarks/results"),
+) -> None:
+    """From text to shards of tokens beside datatrove, if that is installed."""
+    from transmamba.bench_data import bench_prepare as measure
+
+    raise typer.Exit(measure(budget_s, out, sources))
+
+
+@bench.command("checkpoint")
+def bench_checkpoint(budget_s: Budget = 240, out: Results = Path("benchmarks/results")) -> None:
+    """Saving beside torch.save, distributed checkpointing and safetensors at equal durability."""
+    from transmamba.bench_checkpoint import bench_checkpoint as measure
 
     raise typer.Exit(measure(budget_s, out))
 

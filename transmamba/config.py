@@ -142,19 +142,38 @@ class TranspointConfig(Section):
     """Schedules that take over at later steps."""
 
 
+class DataStage(Section):
+    step: Count = Field(ge=1, le=10**12)
+    """Data step from which this blend holds."""
+    blend: dict[Text, float]
+    """Weight of every source that is drawn from."""
+
+
 class DataConfig(Section):
     path: Text | None = None
-    """Folder written by `transmamba data prepare`; null means the built-in documentation corpus."""
+    """Folder or URL of `transmamba data prepare`; null means the built-in documentation corpus, or the sources."""
+    sources: dict[Text, Text] = Field(default_factory=dict)
+    """Several folders or URLs by name, instead of path; each brings its validation set."""
+    blend: dict[Text, float] | None = None
+    """Weight of every source; needed with two or more."""
+    stages: list[DataStage] = Field(default_factory=list)
+    """Other blends later in training."""
     seq_len: Count = Field(default=256, ge=2, le=2**24)
     """Tokens per training window."""
     document_mask: bool = True
     """Attention, convolution, state and positions start anew at every document."""
-    shuffle_shards: Annotated[int, Field(ge=1, le=10**9)] | Literal["all"] = "all"
-    """Shards whose windows are shuffled together."""
+    shuffle_shards: Annotated[int, Field(ge=1, le=10**9)] | Literal["all"] | None = None
+    """Shards whose windows are shuffled together; null is all, and 16 when a source is remote."""
     skip: list[Text] = Field(default_factory=list)
     """Ranges "first:last" of data steps to leave out (last excluded)."""
-    blend: dict[Text, float] | None = None
-    """Weighted sources."""
+    prefetch: int | None = Field(default=None, ge=0, le=64)
+    """Steps that a process of its own reads ahead; null is 2 with a GPU and 0 without."""
+    ledger: bool = False
+    """Write which window went to which step and rank to run.dir/ledger."""
+    cache_dir: Text | None = None
+    """Where copies of remote shards are kept; null is ~/.cache/transmamba/shards."""
+    cache_gib: float = Field(default=100.0, gt=0, le=1e9)
+    """Most space for them, in GiB."""
 
 
 class TrainConfig(Section):
@@ -235,6 +254,12 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved. Not given, at most the run's length."""
     keep: int = Field(default=2, ge=2, le=10**6)
     """Newest checkpoints that stay."""
+    keep_every: int | None = Field(default=None, ge=1, le=10**12)
+    """Checkpoints of steps that this divides stay for ever; null keeps none of them."""
+    background: bool = True
+    """Training goes on while files are written, from a copy in host memory as large as the rank's training state."""
+    max_failures: int = Field(default=3, ge=1, le=10**6)
+    """Saves that may fail in a row before the run ends; the last one of a run must not fail."""
 
 
 class ResumeConfig(Section):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from transmamba.batches import Batches
+from transmamba.batches import Packer
 from transmamba.data_pipeline.stream import Stream
 from transmamba.parallel.pipeline import Stage, run_schedule
 
@@ -18,7 +18,7 @@ class Held:
 
     name: str
     stream: Stream
-    batches: Batches
+    packer: Packer
     token_bytes: np.ndarray  # bytes that each token id stands for
 
     def unigram_entropy(self) -> float:
@@ -50,7 +50,7 @@ def held_out(stage: Stage, held: Held, transpoints: Sequence[int | float], n_tok
     The targets are those of training: every token but the first of a document and of the set, document ends
     included. Bytes are those of exactly these targets.
     """
-    stream, size, topology = held.stream, held.batches.micro_batch, held.batches.topology
+    stream, size, topology = held.stream, held.packer.micro_batch, held.packer.topology
     n_windows = stream.n_sequential_windows
     if n_tokens:
         n_windows = min(n_windows, math.ceil(n_tokens / stream.seq_len))
@@ -64,7 +64,7 @@ def held_out(stage: Stage, held: Held, transpoints: Sequence[int | float], n_tok
             windows = stream.sequential(first, n_rows) if n_rows > 0 else stream.sequential(0, 1)
             windows = replace(windows, weight_BT=windows.weight_BT * (n_rows > 0))
             n_rows = len(windows.weight_BT)
-            batch = held.batches.pack(windows, 0, n_rows, transpoints, total=1.0)
+            batch = held.packer.pack_windows(windows, transpoints)
             reports = run_schedule(stage, [batch], n_rows=n_rows, n_tokens=stream.seq_len, forward_only=True)
             nll += sum(report.item() for report in reports)
             weight += float(windows.weight_BT.sum())

@@ -1,7 +1,6 @@
 """The training loop: one step on a card, and what happens between steps."""
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,10 +9,10 @@ from typing import Any
 
 import torch
 
-from transmamba import checkpoint, resume
+from transmamba import resume
 from transmamba.batches import MicroBatch
 from transmamba.config import tokens_per_step, total_steps
-from transmamba.errors import EXIT_DONE, EXIT_NON_FINITE, EXIT_STORAGE, RunError
+from transmamba.errors import EXIT_DONE, EXIT_NON_FINITE, RunError
 from transmamba.evaluate import HeldOut, held_out
 from transmamba.heartbeat import Heartbeat, Phase
 from transmamba.layer_stats import layer_stats
@@ -23,7 +22,8 @@ from transmamba.parallel.pipeline import run_schedule
 from transmamba.parallel.replicas import find_drift
 from transmamba.parallel.topology import Topology
 from transmamba.report import Report
-from transmamba.run import Run, fingerprint, named_weights
+from transmamba.run import Run, named_weights
+from transmamba.saving import Saver
 from transmamba.stopping import StopRequest
 from transmamba.transpoint import effective_points
 
@@ -64,7 +64,7 @@ def train_steps(
     meter = _Meter(run, flops_per_token, first)
     stop = StopRequest(run.folder)
     try:
-        with report.steps(first, last):
+        with report.steps(first, last), _saver(run, journal, heartbeat) as saver:
             for step in range(first, last):
                 done = step + 1
                 stats_every = config.train.layer_stats_every
@@ -87,9 +87,10 @@ def train_steps(
                 journal.metrics(record)
                 report.step(record, last, meter.left_s(last - done))
                 code = topology.agree(stop.code or 0) or None
+                saver.poll()
                 if done == last or code is not None or done % config.checkpoint.every == 0:
                     heartbeat.beat(done, Phase.SAVE)
-                    save(run, done, journal)
+                    save(run, done, saver, is_last=done == last or code is not None)
                 if code is not None and done < last:
                     if topology.is_first:
                         (run.folder / "STOP").unlink(missing_ok=True)
@@ -112,34 +113,29 @@ def validate(run: Run, step: int, report: Report, *, is_last: bool) -> dict[str,
     return results
 
 
-def save(run: Run, step: int, journal: Journal) -> None:
-    """Publish a checkpoint of `step` and delete the oldest beyond `checkpoint.keep`.
+def save(run: Run, step: int, saver: Saver, *, is_last: bool) -> None:
+    """Start a checkpoint of `step`; the run's last one is awaited.
 
     Raises:
-        RunError: the file system refused (exit 40); older checkpoints are untouched.
+        RunError: the file system refuses to take checkpoints (exit 40); older ones are untouched.
     """
     data = {
-        "fingerprint": fingerprint(run.manifest),
+        "fingerprint": run.corpus.fingerprint(),
         "next_row": run.batches.data_step(step) * run.config.train.global_batch,
-        "vocab_size": run.manifest.vocab_size,
-        "eod_id": run.manifest.eod_id,
+        "vocab_size": run.corpus.vocab_size,
+        "eod_id": run.corpus.first.eod_id,
     }
-    started = time.monotonic()
-    try:
-        path = checkpoint.save(
-            run.checkpoints,
-            step,
-            resume.pieces(run.chunks, run.optimizer, step, run.topology),
-            resume.record(run.config, step, data, run.topology),
-            run.topology,
-        )
-        pruned = run.topology.on_first(lambda: checkpoint.prune(run.checkpoints, run.config.checkpoint.keep))
-    except (checkpoint.StorageError, OSError) as error:
-        free = shutil.disk_usage(run.checkpoints).free
-        raise RunError(
-            EXIT_STORAGE, f"checkpoint.every: cannot save step {step} ({error}), {free} bytes free. Fix: make room"
-        ) from error
-    journal.event("save", path=str(path), seconds=time.monotonic() - started, pruned=[p.name for p in pruned])
+    pieces = resume.pieces(run.chunks, run.optimizer, step, run.topology)
+    saver.begin(step, pieces, resume.record(run.config, step, data, run.topology))
+    if is_last:
+        saver.finish_last()
+
+
+def _saver(run: Run, journal: Journal, heartbeat: Heartbeat) -> Saver:
+    def beat(step: int) -> None:
+        heartbeat.beat(step, Phase.SAVE)
+
+    return Saver(run.checkpoints, run.config.checkpoint, journal, run.topology, beat)
 
 
 class _Meter:

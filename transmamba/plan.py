@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transmamba.config import Config, padded_vocab, tokens_per_step, total_steps
@@ -27,7 +26,7 @@ from transmamba.transpoint import LayerKind, effective_points, layer_kinds
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from transmamba.data_pipeline.manifest import Manifest
+    from transmamba.corpus import Corpus
 
 _RARE_SHARE = 0.01
 # Columns that the numbers beside the bars take.
@@ -69,13 +68,13 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config, manifest: "Manifest | None" = None, world_size: int = 1) -> Plan:
+def make_plan(config: Config, corpus: "Corpus | None" = None, world_size: int = 1) -> Plan:
     """Count parameters and FLOPs of a run at its first step.
 
     Args:
         config: a composed configuration.
-        manifest: that of the training data; its vocabulary counts and, with `data.document_mask`, its
-            document lengths. Without one a window is one document, of the built-in corpus.
+        corpus: the training data; its vocabulary counts and, with `data.document_mask`, its document
+            lengths. Without one a window is one document, of the built-in corpus.
         world_size: ranks, for what they hold and send; a multiple of tp x pp x cp, or 1 to leave that out.
 
     Raises:
@@ -83,11 +82,9 @@ def make_plan(config: Config, manifest: "Manifest | None" = None, world_size: in
     """
     model, seq_len = config.model, config.data.seq_len
     shares = whole_windows(seq_len)
-    if manifest is not None and config.data.document_mask:
-        bins = manifest.splits["train"].lengths
-        lengths = [(bin.n_tokens / bin.n_documents, bin.n_documents) for bin in bins if bin.n_documents]
-        shares = packed_documents(lengths, seq_len)
-    rows = padded_vocab(model.vocab_size or (manifest.vocab_size if manifest else BUILT_IN_VOCAB))
+    if corpus is not None and config.data.document_mask:
+        shares = packed_documents(corpus.lengths(config), seq_len)
+    rows = padded_vocab(model.vocab_size or (corpus.vocab_size if corpus else BUILT_IN_VOCAB))
     layers = tuple(
         LayerPlan(
             kind=kind,
@@ -168,12 +165,12 @@ def run_plan(overrides: Sequence[str], as_json: bool) -> int:
     except ConfigError as error:
         print("\n".join(error.lines()), file=sys.stderr)
         return EXIT_CONFIG
-    manifest = None
-    if config.data.path is not None:
-        from transmamba.data_pipeline.manifest import load_manifest
+    corpus = None
+    if config.data.path is not None or config.data.sources:
+        from transmamba.corpus import open_corpus
 
-        manifest = load_manifest(Path(config.data.path))
-    plan = make_plan(config, manifest, int(environ["WORLD_SIZE"]))
+        corpus = open_corpus(config)
+    plan = make_plan(config, corpus, int(environ["WORLD_SIZE"]))
     if as_json:
         print(json.dumps(plan.as_dict(), indent=1))
     else:

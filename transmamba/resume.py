@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transmamba.checkpoint import Checkpoint, Piece, Shard, newest_valid, published, read
+from transmamba.checkpoint import Checkpoint, newest_valid, published, set_aside
 from transmamba.config import Config, tokens_per_step
 from transmamba.errors import EXIT_CHECKPOINT_MISMATCH, EXIT_NO_VALID_CHECKPOINT, RunError
 from transmamba.machine import versions
@@ -17,32 +17,40 @@ from transmamba.optimizer import learning_rate
 from transmamba.parallel.shards import Shards, global_shape
 from transmamba.parallel.topology import Topology
 from transmamba.parallel.zero import Optimizer
+from transmamba.slices import Piece, Shard
 from transmamba.transpoint import effective_points
 
-# Keys that decide what the run is. Any other may change on resume; the change is written to events.jsonl.
-FIXED = ("seed", "precision", "model", "transpoint", "data", "train.global_batch")
-# Where a data folder lies may change: what is in it is compared by fingerprint.
-MOVABLE = ("data.path",)
-ALLOWED_BY = {"data.seq_len": "seq_len", "transpoint": "transpoint"}
+# What a resumed run may change. Every key of the schema, or the section it is in, stands in one of the three.
+FIXED = (  # what the run is: exit code 23
+    *("seed", "precision", "model", "train.global_batch"),
+    *("data.blend", "data.stages", "data.document_mask", "data.shuffle_shards"),
+)
+ALLOWED_BY = {"data.seq_len": "seq_len", "transpoint": "transpoint"}  # with this word in resume.allow
+FREE = (  # how, where and how long it trains: noted in events.jsonl
+    *("train.steps", "train.tokens", "train.micro_batch", "train.recompute", "train.threads"),
+    *("train.replica_check_every", "train.layer_stats_every"),
+    *("optim", "parallel", "zero", "validation", "checkpoint", "resume", "sample", "watchdog", "wandb", "run"),
+    # Where the data lies (its tokens are compared by fingerprint), and what to leave out of what is to come.
+    *("data.path", "data.sources", "data.skip", "data.prefetch", "data.ledger", "data.cache_dir", "data.cache_gib"),
+)
 
 
-def find_checkpoint(folder: Path, config: Config, topology: Topology) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to continue from, the same on every rank, and one line for every newer one that does not verify.
+def find_checkpoint(folder: Path, config: Config, topology: Topology) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The checkpoint to continue from, the same on every rank, and why every newer one does not verify.
 
     Raises:
         RunError: there are checkpoints and none of them verifies (exit 21).
     """
-    if config.resume.mode == "never" or not published(folder):
-        return None, []
-    checkpoint, rejected = newest_valid(folder) if topology.is_first else (None, [])
-    path, rejected = topology.share((checkpoint and checkpoint.path, rejected))
-    if path is None:
+    if config.resume.mode == "never" or not topology.share(published(folder)):
+        return None, {}
+    checkpoint, rejected = newest_valid(folder, topology, show=topology.is_first)
+    if checkpoint is None:
         raise RunError(
             EXIT_NO_VALID_CHECKPOINT,
-            f"resume: none of the {len(rejected)} checkpoints in {folder} verifies ({rejected[0]}). "
+            f"resume: none of the {len(rejected)} checkpoints in {folder} verifies ({next(iter(rejected.values()))}). "
             "Fix: restore one from a copy, or start anew with another run.dir",
         )
-    return checkpoint or read(path), rejected
+    return checkpoint, rejected
 
 
 def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> list[str]:
@@ -52,12 +60,12 @@ def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> l
         RunError: a key that must stay differs, or the data does (exit 23).
     """
     then, now = flatten(checkpoint.manifest["config"]), flatten(config.model_dump(mode="json"))
+    defaults = flatten(Config().model_dump(mode="json"))  # of keys that came after the checkpoint
+    then |= {key: defaults[key] for key in now.keys() - then.keys() if key in defaults}
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     for key in differing:
-        if not _under(key, FIXED) or key in MOVABLE:
-            continue
         allowance = next((word for prefix, word in ALLOWED_BY.items() if _under(key, (prefix,))), None)
-        if allowance in config.resume.allow:
+        if _under(key, FREE) or (allowance or "nothing") in config.resume.allow:
             continue
         fix = f"set it back to {then.get(key)!r}, or start anew with another run.dir"
         if allowance:
@@ -78,14 +86,15 @@ def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> l
 def restore(checkpoint: Checkpoint, chunks: Sequence[nn.Module], optimizer: Optimizer, shards: Shards) -> None:
     """Fill this rank's weights, masters, moments and buffers from a checkpoint of any layout."""
 
-    def own_slice(name: str, kind: str, dim: int | None) -> Tensor:
-        return shards.slice_of(checkpoint.shaped(name, kind), dim)
+    def own(name: str, kind: str, dim: int | None, start: int, length: int) -> Tensor:
+        shard = None if dim is None or shards.tp == 1 else Shard(dim, shards.tp_rank, shards.tp)
+        return checkpoint.part(name, kind, shard, start, length)
 
     with torch.no_grad():
         for chunk in chunks:
             for name, buffer in chunk.named_buffers():
-                buffer.copy_(own_slice(name, "buffer", 0))
-    optimizer.restore(own_slice, checkpoint.step)
+                buffer.copy_(own(name, "buffer", 0, 0, buffer.numel()).view(buffer.shape))
+    optimizer.restore(own, checkpoint.step)
 
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
@@ -139,12 +148,18 @@ def record(config: Config, step: int, data: dict[str, Any], topology: Topology) 
     }
 
 
-def log_choice(journal: Journal, checkpoint: Checkpoint | None, rejected: list[str], changed: list[str]) -> None:
+def log_choice(journal: Journal, checkpoint: Checkpoint | None, rejected: dict[Path, str], changed: list[str]) -> None:
     """Put the choice on record, the refused checkpoints first."""
-    for reason in rejected:
-        journal.event("checkpoint.rejected", reason=reason)
+    for path, reason in rejected.items():
+        journal.event("checkpoint.rejected", path=str(path), reason=reason)
     if checkpoint is not None:
         journal.event("resume", path=str(checkpoint.path), step=checkpoint.step, changed=changed)
+
+
+def put_aside(rejected: dict[Path, str]) -> None:
+    """Move damaged checkpoints where they are neither resumed from nor counted among those to keep."""
+    for path in rejected:
+        set_aside(path)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

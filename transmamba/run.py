@@ -1,6 +1,5 @@
 """Everything a training step needs, put together once."""
 
-import hashlib
 import json
 import os
 import socket
@@ -12,14 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from transmamba.batches import Batches, MicroBatch
+from transmamba.batches import Batches, MicroBatch, Packer
 from transmamba.compose import to_yaml
 from transmamba.config import Config, padded_vocab
+from transmamba.corpus import Corpus
 from transmamba.costs import logit_flops
-from transmamba.data_pipeline.manifest import Manifest
-from transmamba.data_pipeline.stream import Stream
 from transmamba.data_pipeline.tokenizer import load_tokenizer, token_bytes
-from transmamba.data_pipeline.tokens import TokenStore
 from transmamba.evaluate import Held
 from transmamba.machine import environment
 from transmamba.model.init import global_name
@@ -42,7 +39,7 @@ class Run:
     config: Config
     topology: Topology
     folder: Path
-    manifest: Manifest
+    corpus: Corpus
     chunks: list[Model]
     optimizer: Optimizer
     stage: Stage
@@ -60,32 +57,18 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def build_run(config: Config, topology: Topology, folder: Path, manifests: dict[str, Manifest]) -> Run:
-    """Build model, optimiser and data of a run; nothing is read from checkpoints yet.
-
-    Args:
-        manifests: the training data under "train" and every validation set by name.
-    """
-    manifest = manifests["train"]
-    chunks = build_chunks(config, manifest.vocab_size, topology, stage_layers(config, manifest))
+def build_run(config: Config, topology: Topology, folder: Path, corpus: Corpus) -> Run:
+    """Build model, optimiser and data of a run; nothing is read from checkpoints yet."""
+    chunks = build_chunks(config, corpus.vocab_size, topology, stage_layers(config, corpus))
     optimizer = build_optimizer(chunks, config, topology)
     stage = build_stage(chunks, optimizer, config, topology)
 
-    def batches_of(source: Manifest, split: str) -> Batches:
-        stream = Stream(
-            TokenStore(source, split),
-            seq_len=config.data.seq_len,
-            seed=config.seed,
-            shuffle_shards=config.data.shuffle_shards,
-        )
-        return Batches(stream, config.data, config.train, topology)
-
-    held = []
-    for name, source in manifests.items():
-        batches = batches_of(source, "validation")
-        bytes_of = token_bytes(load_tokenizer(source.tokenizer_path))
-        held.append(Held("validation" if name == "train" else name, batches.stream, batches, bytes_of))
-    return Run(config, topology, folder, manifest, chunks, optimizer, stage, batches_of(manifest, "train"), held)
+    bytes_of = token_bytes(load_tokenizer(corpus.first.tokenizer_path))
+    packer = Packer(config.data, config.train, topology)
+    held = [Held(name, corpus.held_stream(name, config), packer, bytes_of) for name in corpus.held]
+    ledger = folder if config.data.ledger else None
+    batches = Batches(corpus.mixture(config), config, topology, ledger)
+    return Run(config, topology, folder, corpus, chunks, optimizer, stage, batches, held)
 
 
 def build_model(config: Config, n_tokens_known: int) -> Model:
@@ -117,9 +100,9 @@ def _build(config: Config, n_tokens_known: int, shards: Shards, layers: range | 
     )
 
 
-def stage_layers(config: Config, manifest: Manifest | None) -> list[range]:
+def stage_layers(config: Config, corpus: Corpus | None) -> list[range]:
     """Layers of every chunk: neighbours whose costs at their TransPoints balance, the output projection included."""
-    plan = make_plan(config, manifest)
+    plan = make_plan(config, corpus)
     costs = [layer.forward_flops_per_token for layer in plan.layers]
     n_chunks = config.parallel.pp * config.parallel.vpp
     return partition(costs, n_chunks, last_extra=logit_flops(config.model, plan.vocab_rows))
@@ -203,11 +186,3 @@ def describe(config: Config, folder: Path, device: torch.device) -> None:
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     record = json.dumps(environment(config, device), indent=1)
     (folder / "env.json").write_text(record + "\n", encoding="utf-8")
-
-
-def fingerprint(manifest: Manifest) -> str:
-    """A hash that changes with the tokens, their order on disk or the tokenizer, but not with the folder's place."""
-    parts = [manifest.tokenizer_sha256]
-    for name, split in sorted(manifest.splits.items()):
-        parts += [name, *(shard.sha256 for shard in split.shards)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,9 +16,8 @@ import torch
 from transmamba import resume
 from transmamba.checkpoint import Checkpoint, published
 from transmamba.config import Config, total_steps
+from transmamba.corpus import Corpus, open_corpus
 from transmamba.data_pipeline.errors import DamagedData, DataError
-from transmamba.data_pipeline.manifest import Manifest, load_manifest
-from transmamba.data_pipeline.prepare import default_corpus
 from transmamba.data_pipeline.tokenizer import load_tokenizer
 from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, ConfigError, RunError
 from transmamba.generate import complete
@@ -32,9 +31,8 @@ from transmamba.parallel.topology import Topology
 from transmamba.plan import Plan, make_plan, print_plan
 from transmamba.plot import plot_loss
 from transmamba.report import Report
-from transmamba.run import Run, build_run, describe, fingerprint, make_folder
+from transmamba.run import Run, build_run, describe, make_folder
 from transmamba.transpoint import effective_points
-from transmamba.validate_data import data_problems
 
 EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to save yet
 
@@ -90,38 +88,39 @@ def _opened(config: Config, report: Report, outcome: Outcome) -> Iterator[tuple[
 
     Everything before the run folder exists may refuse without leaving a trace; from then on all is on record.
     """
-    manifests = _open_data(config)
-    manifest = manifests["train"]
+    corpus = open_corpus(config)
     with groups.joined(config.parallel) as topology:
-        checkpoint, rejected = None, []
+        checkpoint, rejected = None, {}
         if config.run.dir is not None:
             checkpoint, rejected = resume.find_checkpoint(Path(config.run.dir) / "checkpoints", config, topology)
         threads_reason = settle_machine(config, topology, checkpoint)
-        changed = [] if checkpoint is None else resume.check_belongs(checkpoint, config, fingerprint(manifest))
+        changed = [] if checkpoint is None else resume.check_belongs(checkpoint, config, corpus.fingerprint())
         folder = make_folder(config, topology)
         first = 0 if checkpoint is None else checkpoint.step
-        with _recorded(config, folder, topology, manifest, first, outcome) as (journal, heartbeat):
+        with _recorded(config, folder, topology, corpus, first, outcome) as (journal, heartbeat):
             resume.log_choice(journal, checkpoint, rejected, changed)
-            plan = make_plan(config, manifest)
-            _banner(report, config, folder, topology, threads_reason, manifest, plan, checkpoint)
-            run = build_run(config, topology, folder, manifests)
+            if topology.is_first:
+                resume.put_aside(rejected)
+            plan = make_plan(config, corpus)
+            _banner(report, config, folder, topology, threads_reason, corpus, plan, checkpoint)
+            run = build_run(config, topology, folder, corpus)
             if checkpoint is not None:
                 resume.restore(checkpoint, run.chunks, run.optimizer, topology.shards)
-                checkpoint = None  # its tensors are as large as the whole training state
             _show_sample(run, report, "before")
-            yield run, first, plan, journal, heartbeat
+            with closing(run.batches):
+                yield run, first, plan, journal, heartbeat
 
 
 @contextmanager
 def _recorded(
-    config: Config, folder: Path, topology: Topology, manifest: Manifest, first: int, outcome: Outcome
+    config: Config, folder: Path, topology: Topology, corpus: Corpus, first: int, outcome: Outcome
 ) -> Iterator[tuple[Journal, Heartbeat]]:
     """Keep the run folder's records and the watchdog while the block runs, and say how it ended."""
     if not topology.is_first:
         _write_to(folder / "logs" / f"rank{topology.rank:05d}.log")
     heartbeat = start_heartbeat(folder, topology.rank, topology.world_size, config.watchdog.limit_s)
     if topology.is_first:
-        shutil.copyfile(manifest.tokenizer_path, folder / "tokenizer.json")
+        shutil.copyfile(corpus.first.tokenizer_path, folder / "tokenizer.json")
         describe(config, folder, topology.device)
     journal = Journal(folder, first, is_writer=topology.is_first)
     feed = WandbFeed(folder, config.wandb) if topology.is_first else None
@@ -156,22 +155,6 @@ def _write_to(log: Path) -> None:
             os.dup2(file.fileno(), stream.fileno())
 
 
-def _open_data(config: Config) -> dict[str, Manifest]:
-    """Manifests by name, "train" first; builds the default corpus at first use.
-
-    Raises:
-        ConfigError: the corpus does not fit the configuration.
-        DataError: it cannot be built.
-    """
-    if config.data.path is None:
-        config.data.path = str(default_corpus(progress=os.environ.get("LOCAL_RANK", "0") == "0"))
-        problems = list(data_problems(config))
-        if problems:
-            raise ConfigError(problems)
-    manifests = {"train": load_manifest(Path(config.data.path))}
-    return manifests | {name: load_manifest(Path(path)) for name, path in config.validation.sets.items()}
-
-
 def settle_machine(config: Config, topology: Topology, checkpoint: Checkpoint | None) -> str:
     """Fix threads and precision in the configuration, alike on all ranks; returns why so many threads.
 
@@ -196,11 +179,10 @@ def _banner(
     folder: Path,
     topology: Topology,
     threads_reason: str,
-    manifest: Manifest,
+    corpus: Corpus,
     plan: Plan,
     checkpoint: Checkpoint | None,
 ) -> None:
-    train_split = manifest.splits["train"]
     parallel = config.parallel
     ranks = f"{topology.world_size}: tp {parallel.tp}{' with sp' if parallel.sp else ''} x cp {parallel.cp} x dp "
     ranks += f"{topology.dp} x pp {parallel.pp}" + (f" in {parallel.vpp} chunks each" if parallel.vpp > 1 else "")
@@ -210,25 +192,38 @@ def _banner(
             "device": f"{describe_device(topology.device)}, {config.train.threads} threads ({threads_reason})",
             **({"ranks": ranks} if topology.world_size > 1 else {}),
             "precision": f"{config.precision}, ZeRO stage {config.zero.stage}",
-            "data": f"{config.data.path}: {train_split.n_tokens:,} tokens of {train_split.n_documents:,} documents",
+            "data": _data_lines(config, corpus),
             "start": "new" if checkpoint is None else f"continues {checkpoint.path.name}",
         }
     )
     print_plan(plan, report.console)
 
 
+def _data_lines(config: Config, corpus: Corpus) -> str | list[str]:
+    """What is trained on; of several sources how often the run passes over each."""
+    if not config.data.sources:
+        return f"{config.data.path}: {corpus.n_tokens:,} tokens of {corpus.n_documents:,} documents"
+    mixture, n_windows = corpus.mixture(config), total_steps(config) * config.train.global_batch
+    epochs, counts = mixture.epochs(n_windows), mixture.blend.counts(n_windows)
+    return [
+        f"{name}: {folder.manifest.splits['train'].n_tokens:,} tokens, {counts[name] / n_windows:.1%} of the run, "
+        f"{epochs[name]:.2f} epochs"
+        for name, folder in corpus.sources.items()
+    ]
+
+
 def _show_sample(run: Run, report: Report, label: str) -> None:
     sample = run.config.sample
     if not sample.prompt or run.topology.world_size > 1:  # decoding is for one process: `transmamba generate`
         return
-    tokenizer = load_tokenizer(run.manifest.tokenizer_path)
+    tokenizer = load_tokenizer(run.corpus.first.tokenizer_path)
     pieces = complete(
         run.chunks[0],
         tokenizer,
         sample.prompt,
         effective_points(run.config, total_steps(run.config)),
         n_tokens=sample.tokens,
-        eod_id=run.manifest.eod_id,
+        eod_id=run.corpus.first.eod_id,
     )
     report.sample(label, sample.prompt, "".join(pieces))
 

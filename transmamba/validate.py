@@ -3,7 +3,7 @@
 import math
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,11 +16,6 @@ from transmamba.validate_run import run_problems
 TORCH_FLOOR = (2, 11)
 Problems = Iterator[Problem]
 _STARTED_BY = "start it with `transmamba launch` or torchrun, which set it, or unset it"
-
-# What this version does not do yet: key, whether it is asked for, what is missing, the fix.
-LIMITS: list[tuple[str, Callable[[Config, int], object], str, str]] = [
-    ("data.blend", lambda c, world: c.data.blend, "weighted sources are not read yet", "use data.path alone"),
-]
 
 
 def validate(config: Config, environ: Mapping[str, str]) -> None:
@@ -46,19 +41,8 @@ def validate(config: Config, environ: Mapping[str, str]) -> None:
         problems += data_problems(config)
     if not any(problem.key.startswith(("data.", "model.", "run.")) for problem in problems):
         problems += run_problems(config)
-    named = {problem.key for problem in problems}
-    problems += [
-        Problem(key, what, _value(config, key, world), fix)
-        for key, is_asked, what, fix in LIMITS
-        if is_asked(config, world) and key not in named and not (named and key.startswith("parallel."))
-    ]
     if problems:
         raise ConfigError(problems)
-
-
-def _value(config: Config, key: str, world: int) -> object:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name) if name else world
 
 
 def _path_problems(config: Config) -> Problems:

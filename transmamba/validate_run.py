@@ -33,13 +33,20 @@ _FREE_SECTIONS = {
     "wandb",
     "run",
 }
-_FREE_KEYS = {"data.path", "data.skip", "optim.schedule", "optim.unit", "optim.warmup", "optim.decay"}
+_FREE_KEYS = {
+    *("data.path", "data.sources", "data.skip", "data.prefetch", "data.ledger", "data.cache_dir", "data.cache_gib"),
+    *("optim.schedule", "optim.unit", "optim.warmup", "optim.decay"),
+}
 
 
 def run_problems(config: Config) -> Iterator[Problem]:
     """Problems of `run.dir` and `resume` that show without opening a checkpoint; creates nothing."""
     folder = Path(config.run.dir or "runs")
-    ancestor = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    try:
+        ancestor = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    except OSError as error:
+        yield Problem("run.dir", f"cannot be used: {error.strerror}", config.run.dir, "give another folder")
+        return
     if not ancestor.is_dir():
         fix = "give a folder, or a path that does not exist yet"
         yield Problem("run.dir", f"{ancestor} is a file, not a folder", config.run.dir, fix)

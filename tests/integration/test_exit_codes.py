@@ -2,20 +2,28 @@
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.integration.conftest import Trainer, final_state
 from tests.integration.test_resume import damage, interrupt_at
-from transmamba import checkpoint, loop
+from transmamba import checkpoint, disk, loop, saving
 from transmamba.data_pipeline.manifest import load_manifest
 from transmamba.parallel.pipeline import Stage
 
 
-def last_event(folder: Path) -> dict[str, object]:
-    return json.loads((folder / "events.jsonl").read_text().splitlines()[-1])
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def last_event(folder: Path) -> dict[str, Any]:
+    return events(folder)[-1]
 
 
 def test_a_run_leaves_everything_in_its_folder(train: Trainer, tmp_path: Path) -> None:
@@ -54,6 +62,27 @@ def test_a_signal_saves_and_tells_how_to_go_on(
     assert train(tmp_path / "run", "train.steps=9") == 10
     assert f"--config {tmp_path / 'run' / 'config.yaml'}" in capsys.readouterr().out.replace("\n", "")
     assert final_state(tmp_path / "run").step == 3
+
+
+def test_signals_during_a_save_wait_for_it(train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, folder = disk.write_file, tmp_path / "run"
+
+    def slow(path: Path, parts: Any) -> None:
+        time.sleep(0.3)
+        signal.raise_signal(signal.SIGTERM)  # from the thread, while the loop goes on or waits
+        whole(path, parts)
+
+    monkeypatch.setattr(disk, "write_file", slow)
+    assert train(folder, "train.steps=2000", "validation.every=0") == 10
+    told = [event["event"] for event in events(folder)]
+    assert told[-2:] == ["stop", "exit"] and told.count("save") == 2 and "save.failed" not in told
+    steps = [int(path.name[5:]) for path in checkpoint.published(folder / "checkpoints")]
+    assert (
+        len(steps) == 2
+        and steps[1] == 4
+        and all(checkpoint.read(path) for path in checkpoint.published(folder / "checkpoints"))
+    )
+    assert not list((folder / "checkpoints").glob(".tmp*"))
 
 
 def test_a_stop_file_stops_and_saves(train: Trainer, tmp_path: Path) -> None:
@@ -173,22 +202,33 @@ def test_damaged_data_stops_the_run(train: Trainer, tmp_path: Path, corpus: Path
     assert isinstance(cause, str) and shard.name in cause
 
 
-def test_a_full_disk_stops_the_run_and_spares_older_checkpoints(
-    train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_told_and_only_the_last_save_ends_the_run(
+    train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = checkpoint._write_durably
+    whole, folder = disk.write_chunk, tmp_path / "run"
+    full = [".tmp-step-00000008/rank00000-00000.safetensors"]
 
-    def full(path: Path, data: bytes) -> None:
-        if "step-00000008" in str(path) and path.suffix == ".safetensors":
-            path.write_bytes(data[:100])
+    def write_chunk(descriptor: int, chunk: memoryview) -> None:
+        if any(os.readlink(f"/proc/self/fd/{descriptor}").endswith(name) for name in full):
+            whole(descriptor, chunk[:100])
             raise OSError(28, "No space left on device")
-        whole(path, data)
+        whole(descriptor, chunk)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_durably", full)
-        assert train(tmp_path / "run", "train.steps=9") == 40
-    assert final_state(tmp_path / "run").step == 4
-    assert train(tmp_path / "run", "train.steps=9") == 0
+    monkeypatch.setattr(disk, "write_chunk", write_chunk)
+    monkeypatch.setattr(saving, "RETRY_S", (0.0,))
+    assert train(folder, "train.steps=10") == 0
+    assert [path.name for path in checkpoint.published(folder / "checkpoints")] == ["step-00000010", "step-00000004"]
+    (failed,) = [event for event in events(folder) if event["event"] == "save.failed"]
+    assert failed["step"] == 8 and failed["need"] > 0 and failed["free"] > 0
+    full.append(".tmp-step-00000013/manifest.json")
+    capsys.readouterr()
+    assert train(folder, "train.steps=13") == 40
+    error = capsys.readouterr().err
+    assert "cannot save step 13" in error and "manifest.json: No space left" in error and "Fix: " in error
+    assert last_event(folder)["code"] == 40 and final_state(folder).step == 12
+    full.clear()
+    assert train(folder, "train.steps=13") == 0
+    assert final_state(folder).step == 13 and not list((folder / "checkpoints").glob(".tmp*"))
 
 
 @pytest.mark.parametrize("kind", ["transmamba", "transformer", "mamba2", "hybrid"])

@@ -105,7 +105,7 @@ class RandomRows:
 
 def batches_of(config: Config, topology: Topology) -> Batches:
     """This rank's part of the same global batches however they are cut."""
-    return Batches(RandomRows(), config.data, config.train, topology)  # pyright: ignore[reportArgumentType]
+    return Batches(RandomRows(), config, topology)  # pyright: ignore[reportArgumentType]
 
 
 class Job:

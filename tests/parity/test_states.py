@@ -1,5 +1,7 @@
 """The training state in and out of layouts, and copies of it that drift."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +11,73 @@ import torch
 from tests.parity import rig
 from tests.parity.forkserver import run
 from tests.parity.job import drifting_job, saving_job
+from tests.parity.jobs_states import trip_job
 from tests.parity.matrix import row
 from tests.parity.test_layouts import LOSS_TOLERANCE, relative
+from transmamba.checkpoint import directory_of, read
 
 pytestmark = pytest.mark.xdist_group("ranks")
 AT, LAST = 3, 7  # four steps after the resumption: lost moments do not show in the first
 
-TP2, DP2_ZERO3 = row(2, "tp2", tp=2), row(2, "dp2 zero3", zero__stage=3)
-TP2_PP2, ONE = row(4, "tp2 pp2", tp=2, pp=2), row(1, "one rank", zero__stage=1)
-CP2_DP2, TP2_DP2 = row(4, "cp2 dp2 zero2", cp=2, zero__stage=2), row(4, "tp2 dp2 zero1", tp=2)
-DP2_BF16 = row(2, "dp2 zero1 bf16", precision="bf16")
-
+LAYOUTS = {
+    line.name: line
+    for line in (
+        row(1, "one", zero__stage=1),
+        row(2, "dp2 zero0", zero__stage=0),
+        row(2, "dp2 zero1", zero__stage=1),
+        row(2, "dp2 zero2", zero__stage=2),
+        row(2, "dp2 zero3", zero__stage=3),
+        row(2, "tp2", tp=2),
+        row(2, "pp2 vpp2", pp=2, vpp=2),
+        row(4, "tp2 pp2", tp=2, pp=2),
+        row(4, "cp2 dp2 zero2", cp=2, zero__stage=2),
+        row(4, "tp2 dp2 zero1", tp=2, zero__stage=1),
+        row(2, "bf16 dp2 zero1", precision="bf16", zero__stage=1),
+        row(2, "bf16 dp2 zero3", precision="bf16", zero__stage=3),
+    )
+}
+DAILY = {("tp2", "tp2"), ("tp2", "dp2-zero3"), ("dp2-zero3", "pp2-vpp2"), ("pp2-vpp2", "one")}
 PAIRS = [
-    pytest.param(TP2, TP2, id="tp2-itself"),
-    pytest.param(TP2, DP2_ZERO3, id="tp2-dp2zero3"),
-    pytest.param(TP2_PP2, TP2_PP2, id="tp2pp2-itself", marks=pytest.mark.long),
-    pytest.param(TP2_PP2, ONE, id="tp2pp2-one", marks=pytest.mark.long),
-    pytest.param(ONE, TP2_PP2, id="one-tp2pp2", marks=pytest.mark.long),
-    pytest.param(DP2_ZERO3, CP2_DP2, id="dp2zero3-cp2dp2zero2", marks=pytest.mark.long),
-    pytest.param(CP2_DP2, CP2_DP2, id="cp2dp2zero2-itself", marks=pytest.mark.long),
-    pytest.param(TP2_DP2, TP2_DP2, id="tp2dp2zero1-itself", marks=pytest.mark.long),
-    pytest.param(DP2_ZERO3, DP2_ZERO3, id="dp2zero3-itself", marks=pytest.mark.long),
-    pytest.param(DP2_BF16, DP2_BF16, id="bf16dp2-itself", marks=pytest.mark.long),
+    pytest.param(
+        saved, resumed, id=f"{saved}-to-{resumed}", marks=() if (saved, resumed) in DAILY else pytest.mark.long
+    )
+    for saved, resumed in itertools.product(LAYOUTS, LAYOUTS)
+    if saved.startswith("bf16") == resumed.startswith("bf16")
 ]
+Whole = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The uninterrupted job of a layout and where it saved, trained once."""
+    done: dict[str, tuple[Path, Any]] = {}
+
+    def of(name: str) -> tuple[Path, Any]:
+        if name not in done:
+            layout, folder = LAYOUTS[name], tmp_path_factory.mktemp(name)
+            trained = rig.merge(run(layout.ranks, saving_job, layout.options, folder, 0, LAST, AT))
+            done[name] = folder, trained
+        return done[name]
+
+    return of
 
 
 @pytest.mark.parametrize(("saved", "resumed"), PAIRS)
-def test_training_goes_on_in_any_layout(saved: Any, resumed: Any, tmp_path: Path) -> None:
-    whole = rig.merge(run(saved.ranks, saving_job, saved.options, tmp_path, 0, LAST, AT))
-    after = rig.merge(run(resumed.ranks, saving_job, resumed.options, tmp_path, AT, LAST, -1))
+def test_the_state_of_any_layout_goes_on_in_any_other(saved: str, resumed: str, whole: Whole, tmp_path: Path) -> None:
+    layout, (folder, reference) = LAYOUTS[resumed], whole(saved)
+    after = rig.merge(run(layout.ranks, trip_job, layout.options, folder, tmp_path, AT, LAST))
+    before, again = (read(directory_of(place, AT)) for place in (folder, tmp_path))
+    assert before.tensors.keys() == again.tensors.keys()
+    assert [key for key, values in before.tensors.items() if not torch.equal(values, again.tensors[key])] == []
     if saved == resumed:
-        assert (after.losses, after.norms) == (whole.losses[AT:], whole.norms[AT:])
+        assert (after.losses, after.norms) == (reference.losses[AT:], reference.norms[AT:])
         masters = after.whole("master")
-        assert all(torch.equal(master, masters[name]) for name, master in whole.whole("master").items())
+        assert all(torch.equal(master, masters[name]) for name, master in reference.whole("master").items())
+    elif saved.startswith("bf16"):  # another ZeRO class rounds elsewhere
+        assert relative(after.losses, reference.losses[AT:]) <= 5e-4
     else:
-        assert relative(after.losses, whole.losses[AT:]) <= LOSS_TOLERANCE
-        assert relative(after.norms, whole.norms[AT:]) <= resumed.norm_tolerance
+        assert relative(after.losses, reference.losses[AT:]) <= LOSS_TOLERANCE
+        assert relative(after.norms, reference.norms[AT:]) <= layout.norm_tolerance
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ MAY_BE_EMPTY = {
     "resume.allow",
     "validation.sets",
     "data.blend",
+    "data.sources",
+    "data.stages",
     "transpoint.changes",
 }
 

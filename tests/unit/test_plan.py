@@ -3,13 +3,12 @@
 import io
 import json
 import random
-from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
 
 from transmamba.compose import load
-from transmamba.config import padded_vocab
+from transmamba.config import Config, padded_vocab
 from transmamba.costs import PositionShares, layer_flops, packed_documents, whole_windows
 from transmamba.errors import EXIT_CONFIG, EXIT_DONE
 from transmamba.plan import make_plan, print_plan, run_plan
@@ -87,27 +86,17 @@ def test_training_counts_three_times_the_forward_pass_and_the_logits() -> None:
     assert (plan.steps, plan.tokens) == (90, 90 * 8 * 256)
 
 
-@dataclass
-class Bin:
-    n_documents: int
-    n_tokens: int
+class FakeCorpus:
+    vocab_size = 500
 
-
-@dataclass
-class Split:
-    lengths: tuple[Bin, ...]
-
-
-@dataclass
-class FakeManifest:
-    splits: dict[str, Split]
-    vocab_size: int = 500
+    def lengths(self, config: Config) -> list[tuple[float, float]]:
+        return [(10.0, 100.0)]
 
 
 def test_document_lengths_count_only_when_documents_are_masked() -> None:
-    manifest = FakeManifest({"train": Split((Bin(100, 1000),))})
-    masked = make_plan(load([]), manifest)  # pyright: ignore[reportArgumentType]
-    unmasked = make_plan(load(["data.document_mask=false"]), manifest)  # pyright: ignore[reportArgumentType]
+    corpus = FakeCorpus()
+    masked = make_plan(load([]), corpus)  # pyright: ignore[reportArgumentType]
+    unmasked = make_plan(load(["data.document_mask=false"]), corpus)  # pyright: ignore[reportArgumentType]
     assert masked.vocab_rows == 512
     assert [round(layer.share_past, 3) for layer in masked.layers][:3] == [
         1.0,

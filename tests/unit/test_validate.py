@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.unit.wrong_inputs import CASES, NOT_HERE, Case, with_run
+from tests.unit.wrong_inputs import CASES, NOT_HERE, Case, with_other, with_run
 from transmamba import validate_run
 from transmamba.compose import load
 from transmamba.data_pipeline.prepare import prepare
 from transmamba.errors import ConfigError
 from transmamba.validate import validate
+from transmamba.validate_data import data_problems
 
 LINE = re.compile(r"transmamba: error: .+: .+ \(got .*\)\. Fix: .+\.")
 
@@ -106,6 +107,18 @@ def test_good_data_passes(prepared: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     config = load([f"data.path={prepared}", f"run.dir={tmp_path}/run"])
     validate(config, {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "29500"})
+
+
+def test_good_sources_in_a_blend_with_stages_pass(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(prepared, tmp_path / "data")
+    with_other()(tmp_path)
+    argv = ["data.sources.a=data", "data.sources.b=other", "data.blend={a:0.7,b:0.3}", "train.steps=20"]
+    argv += ["data.stages=[{step:5,blend:{b:1}},{step:9,blend:{a:2,b:1}}]"]
+    assert list(data_problems(load(argv))) == []
+    assert list(data_problems(load(["data.sources.a=data"]))) == []
 
 
 def test_a_run_folder_continues_with_more_steps_and_after_a_dead_job(tmp_path: Path) -> None:

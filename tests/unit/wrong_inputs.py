@@ -1,5 +1,6 @@
 """Inputs that are wrong, as data: row of the list they stand for, sentence, expected key and fix."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.unit.data.corpora import write_sealed
 from transmamba.compose import load, to_yaml
 
 NOT_HERE = {
@@ -44,7 +46,7 @@ def edited_manifest(change: Callable[[dict], None]) -> Callable[[Path], object]:
         file = here / "data" / "manifest.json"
         record = json.loads(file.read_text())
         change(record)
-        file.write_text(json.dumps(record))
+        write_sealed(here / "data", record)
 
     return setup
 
@@ -267,4 +269,68 @@ def copied_and_swapped(here: Path) -> None:
     file = here / "copy" / "manifest.json"
     record = json.loads(file.read_text())
     record["splits"]["validation"]["shards"][0]["sha256"] = first_shard(first)["sha256"]
-    file.write_text(json.dumps(record))
+    write_sealed(here / "copy", record)
+
+
+def with_other(change: Callable[[dict], object] = lambda record: None) -> Callable[[Path], object]:
+    """A second source {here}/other: other shards, as far as its manifest tells, and one more change."""
+
+    def setup(here: Path) -> None:
+        shutil.copytree(here / "data", here / "other")
+        record = json.loads((here / "other" / "manifest.json").read_text())
+        for split in record["splits"].values():
+            for shard in split["shards"]:
+                shard["sha256"] = shard["sha256"][::-1]
+        change(record)
+        write_sealed(here / "other", record)
+
+    return setup
+
+
+def other_tokenizer(here: Path) -> None:
+    with_other(lambda record: record.update(tokenizer_sha256=hashlib.sha256(b"{}").hexdigest()))(here)
+    (here / "other" / "tokenizer.json").write_text("{}")
+
+
+def crossed(here: Path) -> None:
+    first = first_shard(json.loads((here / "data" / "manifest.json").read_text()))["sha256"]
+    with_other(lambda record: record["splits"]["validation"]["shards"][0].update(sha256=first))(here)
+
+
+TWO = "data.sources.a={data} data.sources.b={here}/other"
+BOTH = f"{TWO} data.blend={{{{a:1,b:1}}}}"
+CASES += [
+    Case(61, "a source is missing", "data.sources.a={here}/dta", "data.sources.a", "{here}/data"),
+    Case(68, "one folder under two names", "data.sources.a={data} data.sources.b={data} data.blend={{a:1,b:1}}",
+         "data.sources.b", "sum of the weights"),
+    Case(69, "a source validates on another's training shard", BOTH, "data.sources.b", "different text",
+         setup=crossed),
+    Case(69, "a set named as a source", "data.sources.a={data} validation.sets.a={data}", "validation.sets.a",
+         "another name"),
+    Case(69, "a set named as that of the path", "data.path={data} validation.sets.validation={data}",
+         "validation.sets.validation", "another name"),
+    Case(70, "a source shorter than a window", "data.sources.a={data} data.seq_len=1000000", "data.seq_len",
+         "or less"),
+    Case(71, "a path beside sources", "data.path={data} data.sources.a={data}", "data.sources", "data.path=null"),
+    Case(71, "two sources without weights", TWO, "data.blend", "data.blend={{a: 1, b: 1}}", setup=with_other()),
+    Case(71, "weights without sources", "data.path={data} data.blend={{a:1}}", "data.blend", "data.sources"),
+    Case(71, "a weight too few", f"{TWO} data.blend={{{{a:1}}}}", "data.blend", "one weight per source",
+         setup=with_other()),
+    Case(71, "a weight too many", f"{TWO} data.blend={{{{a:1,b:1,c:1}}}}", "data.blend", "use a, b",
+         setup=with_other()),
+    Case(71, "weights with too many digits", f"{TWO} data.blend={{{{a:0.3333333,b:0.6666667}}}}", "data.blend",
+         "fewer digits", setup=with_other()),
+    Case(71, "a weight that is no number", f"{TWO} data.blend={{{{a:nan,b:1}}}}", "data.blend", "a mapping",
+         setup=with_other()),
+    Case(71, "a source that is never read", f"{TWO} data.blend={{{{a:1,b:0}}}}", "data.blend", "data.stages",
+         setup=with_other()),
+    Case(71, "stages out of order", f"{BOTH} data.stages=[{{{{step:9,blend:{{{{a:1}}}}}}}},"
+         "{{step:9,blend:{{b:1}}}}]", "data.stages", "later from stage to stage", setup=with_other()),
+    Case(71, "a stage beyond the run", f"{BOTH} train.steps=20 data.skip=['2:5'] "
+         "data.stages=[{{step:23,blend:{{a:1}}}}]", "data.stages", "below 23", setup=with_other()),
+    Case(71, "a stage with an unknown source", f"{BOTH} data.stages=[{{{{step:9,blend:{{{{c:1}}}}}}}}]",
+         "data.stages", "use a, b", setup=with_other()),
+    Case(72, "sources of two tokenizers", BOTH, "data.sources.b", "--tokenizer", setup=other_tokenizer),
+    Case(94, "a source that leaves its folder", "data.sources.a=x/../../y", "data.sources.a", "plain path"),
+    Case(94, "a name with a slash", "data.sources={{a/b:x}}", "data.sources", "letters, digits"),
+]  # fmt: skip

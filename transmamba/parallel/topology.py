@@ -39,6 +39,11 @@ class Topology:
         return self.rank == 0
 
     @property
+    def is_first_of_rows(self) -> bool:
+        """Whether this is the first of the ranks that read the same rows."""
+        return self.pp_rank == self.shards.tp_rank == self.shards.cp_rank == 0
+
+    @property
     def replicas(self) -> int:
         """Ranks that hold the same weights and see other tokens."""
         return self.dp * self.shards.cp

@@ -123,16 +123,17 @@ class Optimizer:
             yield StateSlice(name, shape, shard_dim(parameter), copy, start, views)
 
     @torch.no_grad()
-    def restore(self, values: Callable[[str, str, int | None], Tensor], step: int) -> None:
-        """Fill the state; `values(name, kind, dim)` is this rank's slice along `dim` of a global tensor.
+    def restore(self, values: Callable[[str, str, int | None, int, int], Tensor], step: int) -> None:
+        """Fill the state with `values(name, kind, dim, start, length)`.
 
-        Kinds are "master", "exp_avg" and "exp_avg_sq".
+        That is the range from `start` of this rank's flattened slice along `dim` of a global tensor, of the kind
+        "master", "exp_avg" or "exp_avg_sq".
         """
         if self.engine is not None and _is_stage3(self.engine.optimizer):
             self.engine.optimizer.checkpoint_event_prologue()
         for piece in self.slices(step):
             for kind, view in piece.views.items():
-                view.copy_(values(piece.name, kind, piece.dim).flatten()[piece.start : piece.start + view.numel()])
+                view.copy_(values(piece.name, kind, piece.dim, piece.start, view.numel()))
         self._refresh_weights()
 
     def _fill_masters(self, masters: dict[str, Tensor]) -> None:

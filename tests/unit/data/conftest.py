@@ -11,6 +11,10 @@ from tests.unit.data.corpora import numbered_documents, write_corpus
 from transmamba.data_pipeline.manifest import Manifest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--damage-report", type=Path, help="write what was read of damaged data, as JSON")
+
+
 @pytest.fixture
 def make_corpus(tmp_path: Path) -> Callable[..., Manifest]:
     """Writes a corpus of numbered documents into the test's folder."""

@@ -9,18 +9,18 @@ import pydoc_data.topics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
-from transmamba.data_pipeline import docstrings
+from transmamba.data_pipeline import docstrings, encoding, parts
 from transmamba.data_pipeline import prepare as module
 from transmamba.data_pipeline.errors import DataError
-from transmamba.data_pipeline.holdout import choose_holdout
 from transmamba.data_pipeline.manifest import LENGTH_EDGES, Manifest, load_manifest
 from transmamba.data_pipeline.prepare import default_corpus, prepare, summary_lines
-from transmamba.data_pipeline.text import Document
 from transmamba.data_pipeline.tokenizer import load_tokenizer, token_bytes
 from transmamba.data_pipeline.tokens import TokenStore
+from transmamba.data_pipeline.work import begin, hold_work_folder
 
 TOPICS = {name: str(text) for name, text in sorted(pydoc_data.topics.topics.items())}
 
@@ -90,11 +90,86 @@ def test_the_same_text_gives_the_same_bytes(
     texts: Path, prepared: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Batches of another size and one thread must not show in the result.
-    monkeypatch.setattr(module, "BATCH_CHARS", 20_000)
+    monkeypatch.setattr(encoding, "BATCH_CHARS", 20_000)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     options = {"vocab_size": 600, "shard_tokens": 70_000, "validation_share": 0.1}
     prepare([str(texts)], tmp_path / "again", workers=1, progress=False, **options)
     assert files_of(tmp_path / "again") == files_of(prepared.folder)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a tenth of the topics, so that there is work for several processes."""
+    monkeypatch.setattr(parts, "LEAST_PART_BYTES", 50_000)
+    monkeypatch.setattr(module, "LEAST_PART_BYTES", 50_000)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_the_number_of_workers_does_not_show_in_the_bytes(texts: Path, tmp_path: Path) -> None:
+    # Every document is there twice, in the folder and in the lines.
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TOPICS.values()))
+    sources = [str(texts), str(tmp_path / "x.jsonl")]
+    options = {"vocab_size": 400, "validation_share": 0.1, "dedup": True, "progress": False}
+    options |= {"block_tokens": 2048, "shard_tokens": 8192}
+    one = prepare(sources, tmp_path / "one", workers=1, **options)
+    prepare(sources, tmp_path / "three", workers=3, **options)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "three")
+    different = set(TOPICS.values())
+    assert f", {2 * len(TOPICS) - len(different)} duplicate documents left out" in one.source
+    assert sorted(decoded(one, "train") + decoded(one, "validation")) == sorted(different)
+    assert len(one.splits["train"].shards) > 10
+    assert one.block_tokens == 2048
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three", "x.jsonl"]
+
+
+def test_text_behind_a_url_gives_the_tokens_of_the_same_text_on_disk(tmp_path: Path, prepared: Manifest) -> None:
+    files = fsspec.filesystem("memory")
+    for name, text in TOPICS.items():
+        files.pipe(f"/topics/{name}.txt", text.encode("utf-8"))
+    options = {"vocab_size": 600, "shard_tokens": 70_000, "validation_share": 0.1, "progress": False}
+    manifest = prepare(["memory://topics"], tmp_path / "out", **options)
+    files.rm("/topics", recursive=True)
+    assert manifest.source == f"{len(TOPICS)} files of memory://topics"
+    for split in ("train", "validation"):
+        assert manifest.splits[split] == prepared.splits[split]
+
+
+def test_two_processes_do_not_prepare_the_same_folder(texts: Path, tmp_path: Path) -> None:
+    with hold_work_folder(tmp_path / "out"), pytest.raises(DataError, match="another process is preparing it; wait"):
+        prepare([str(texts)], tmp_path / "out", vocab_size=300, progress=False)
+    prepare([str(texts)], tmp_path / "out", vocab_size=300, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_plan_starts_anew_and_says_what_differs(tmp_path: Path) -> None:
+    with hold_work_folder(tmp_path / "out") as folder:
+        assert begin(folder, {"sources": ["a", 3], "seed": 1}) == []
+        (folder / "part").write_text("done")
+        assert begin(folder, {"sources": ["a", 3], "seed": 1}) == []
+        assert (folder / "part").exists()
+        (folder / "mine").write_text("kept")
+        changed = begin(folder, {"sources": ["a", 4], "seed": 1}, keep=[str(folder / "mine")])
+        assert changed == ["sources"]
+        assert sorted(path.name for path in folder.iterdir()) == ["lock", "mine", "plan.json"]
+
+
+def test_replacing_that_was_interrupted_loses_no_data(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare([str(texts)], out, vocab_size=300, progress=False)
+    before = files_of(out)
+    # As a kill between the two renames leaves it.
+    with hold_work_folder(out) as folder:
+        out.rename(folder / "replaced")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        prepare([str(tmp_path / "bad.txt")], out, vocab_size=300, progress=False)
+    assert files_of(out) == before
+    # And as one after both leaves it.
+    with hold_work_folder(out) as folder:
+        (folder / "replaced").mkdir()
+        (folder / "replaced" / "old").write_text("")
+    assert prepare([str(texts)], out, vocab_size=400, progress=False).vocab_size == 400
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "out"]
 
 
 def test_a_given_tokenizer_is_used_unchanged(texts: Path, prepared: Manifest, tmp_path: Path) -> None:
@@ -136,21 +211,6 @@ def test_a_few_documents_still_give_a_validation_split(tmp_path: Path, n_documen
     assert sum(map(len, validation)) <= sum(map(len, train))
 
 
-def test_the_holdout_depends_on_the_text_alone_and_has_the_share_asked_for() -> None:
-    documents = [Document(f"{i}", f"text number {i} " * 20) for i in range(3000)]
-    rule = choose_holdout(documents, share=0.1, seed=1, sample_chars=50_000)
-    held_out = {text for split, text in rule.split(documents) if split == "validation"}
-    assert 250 < len(held_out) < 350
-    fewer = [Document("renamed", document.text) for document in reversed(documents[::2])]
-    again = choose_holdout(fewer, share=0.1, seed=1, sample_chars=50_000)
-    kept = {text for split, text in again.split(fewer) if split == "validation"}
-    assert kept == held_out & {document.text for document in fewer}
-    assert not set(rule.sample) & held_out
-    assert 49_000 < sum(map(len, rule.sample)) <= 50_000
-    other = choose_holdout(documents, share=0.1, seed=2, sample_chars=50_000)
-    assert {text for split, text in other.split(documents) if split == "validation"} != held_out
-
-
 def test_a_folder_with_other_files_is_refused_and_prepared_data_is_replaced(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -188,6 +248,7 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path: Path) -> None:
         ("validation_share", 1.0),
         ("shard_tokens", 0),
         ("workers", 0),
+        ("block_tokens", 100),
         ("vocab_size", 9),
     ],
 )

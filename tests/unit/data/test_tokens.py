@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.compat import WebDataset
 
-from tests.unit.data.corpora import numbered_documents, write_corpus
+from tests.unit.data.corpora import numbered_documents, rows_of, write_corpus, write_sealed
+from transmamba.data_pipeline.blocks import ROW, blocks_name
 from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.manifest import MANIFEST_NAME, Manifest, load_manifest
 from transmamba.data_pipeline.tokens import TokenStore
-from transmamba.data_pipeline.verify import verify_shards
 
 MakeCorpus = Callable[..., Manifest]
 LENGTHS = [5, 61, 2, 2, 90, 33, 7, 128, 40]
@@ -35,8 +35,10 @@ def test_any_range_reads_the_written_tokens_and_starts(
     tmp_path: Path, dtype: str, shard_tokens: int, block_tokens: int
 ) -> None:
     documents = numbered_documents(LENGTHS)
-    sizes = {"shard_tokens": shard_tokens, "block_tokens": block_tokens}
-    store = TokenStore(write_corpus(tmp_path / "data", documents, dtype=dtype, **sizes), "train")
+    manifest = write_corpus(
+        tmp_path / "data", documents, shard_tokens=shard_tokens, block_tokens=block_tokens, dtype=dtype
+    )
+    store = TokenStore(manifest, "train")
     everything = np.concatenate(documents)
     starts = np.cumsum([0, *LENGTHS])[:-1]
     assert store.n_tokens == len(everything)
@@ -76,23 +78,20 @@ def test_plain_webdataset_reads_the_same_tokens(
 
 def test_every_flipped_bit_is_found_before_a_token_is_used(make_corpus: MakeCorpus) -> None:
     manifest = make_corpus([40, 30, 50, 9])
-    n_flips = n_found = 0
-    for shard in manifest.splits["train"].shards:
+    n_flips = n_found = first = 0
+    for index, shard in enumerate(manifest.splits["train"].shards):
         path = manifest.folder / shard.name
         good = path.read_bytes()
-        first = sum(other.n_tokens for other in manifest.splits["train"].shards if other.name < shard.name)
-        for block in shard.blocks:
-            tokens = range(block.tokens_offset, block.tokens_offset + 4 * block.n_tokens)
-            starts = range(block.starts_offset, block.starts_offset + 4 * block.n_starts)
-            for offset in (*tokens, *starts):
+        for offset, second, n_tokens, n_starts, _ in rows_of(manifest, index).tolist():
+            for place in (*range(offset, offset + 4 * n_tokens), *range(second, second + 4 * n_starts)):
                 bad = bytearray(good)
-                bad[offset] ^= 1 << (offset % 8)
+                bad[place] ^= 1 << (place % 8)
                 path.write_bytes(bad)
                 n_flips += 1
-                with pytest.raises(DamagedData, match=rf"{shard.name}.*byte {block.tokens_offset} "):
+                with pytest.raises(DamagedData, match=rf"{shard.name}.*byte {offset} "):
                     TokenStore(manifest, "train").read(first, first + 1)
                 n_found += 1
-            first += block.n_tokens
+            first += n_tokens
         path.write_bytes(good)
     assert n_found == n_flips > 500
     store = TokenStore(manifest, "train")
@@ -101,15 +100,15 @@ def test_every_flipped_bit_is_found_before_a_token_is_used(make_corpus: MakeCorp
 
 def test_damage_in_one_block_leaves_the_others_readable(make_corpus: MakeCorpus) -> None:
     manifest = make_corpus([96, 96])
-    shard = manifest.splits["train"].shards[1]
-    path = manifest.folder / shard.name
+    offset = int(rows_of(manifest, 1)["tokens_offset"][1])
+    path = _shard_path(manifest)
     data = bytearray(path.read_bytes())
-    data[shard.blocks[1].tokens_offset + 5] ^= 4
+    data[offset + 5] ^= 4
     path.write_bytes(data)
     store = TokenStore(manifest, "train")
     assert len(store.read(0, 96 + 32)) == 128
     assert len(store.read(96 + 64, 192)) == 32
-    with pytest.raises(DamagedData, match=rf"byte {shard.blocks[1].tokens_offset}"):
+    with pytest.raises(DamagedData, match=rf"byte {offset}"):
         store.read(0, 96 + 33)
 
 
@@ -120,6 +119,19 @@ def test_a_shard_cut_short_after_loading_is_damaged_data(make_corpus: MakeCorpus
         os.truncate(path, size)
         with pytest.raises(DamagedData):
             TokenStore(manifest, "train").read(0, 96)
+
+
+def test_a_row_of_the_table_that_lies_is_found_before_a_token_is_used(make_corpus: MakeCorpus) -> None:
+    manifest = make_corpus([96, 96])
+    table = manifest.folder / blocks_name("train")
+    good = table.read_bytes()
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 1 << (place % 8)
+        table.write_bytes(bad)
+        name = manifest.splits["train"].shards[place // (3 * ROW.itemsize)].name
+        with pytest.raises(DamagedData, match=rf"train.blocks: the rows of {name} do not match"):
+            TokenStore(manifest, "train").read(0, 192)
 
 
 def _shard_path(manifest: Manifest) -> Path:
@@ -136,13 +148,18 @@ def _swap_for_gzip(manifest: Manifest) -> None:
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Manifest], None]:
+    """A change by someone who seals the manifest again."""
+
     def edit(manifest: Manifest) -> None:
-        path = manifest.folder / MANIFEST_NAME
-        record = json.loads(path.read_text())
+        record = json.loads((manifest.folder / MANIFEST_NAME).read_text())
         change(record)
-        path.write_text(json.dumps(record))
+        write_sealed(manifest.folder, record)
 
     return edit
+
+
+def _cut_table(manifest: Manifest) -> None:
+    os.truncate(manifest.folder / blocks_name("train"), 2 * ROW.itemsize)
 
 
 def _shards(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -161,8 +178,17 @@ FAULTS: dict[str, tuple[Callable[[Manifest], object], str]] = {
     "not ours": (lambda m: (m.folder / MANIFEST_NAME).write_text("{}"), r"not a manifest of tokens"),
     "newer format": (
         _edit(lambda r: r.update(format_version=99)),
-        r"format version 99, this program reads 1",
+        r"format version 99, this program reads 2",
     ),
+    "an edit without a new digest": (
+        lambda m: (m.folder / MANIFEST_NAME).write_text((m.folder / MANIFEST_NAME).read_text().replace("test", "tset")),
+        r"manifest.json: does not match its own digest",
+    ),
+    "table of blocks missing": (
+        lambda m: (m.folder / blocks_name("train")).unlink(),
+        r"train.blocks: the table .* missing",
+    ),
+    "table of blocks cut": (_cut_table, r"train.blocks: 80 bytes instead of \d+"),
     "field left out": (_edit(lambda r: r.pop("eod_id")), r"damaged \(TypeError.*eod_id"),
     "shard listed twice": (
         _edit(lambda r: _shards(r).append(_shards(r)[0])),
@@ -205,8 +231,7 @@ def test_a_fault_is_refused_at_loading_with_one_line_that_names_it(make_corpus: 
 def test_a_damaged_manifest_gives_an_error_or_the_same_tokens(make_corpus: MakeCorpus) -> None:
     manifest = make_corpus(LENGTHS)
     expected = np.concatenate(numbered_documents(LENGTHS))
-    path = manifest.folder / MANIFEST_NAME
-    good = json.loads(path.read_text())
+    good = json.loads((manifest.folder / MANIFEST_NAME).read_text())
     draw = random.Random(2)
     n_refused = 0
     for _ in range(600):
@@ -218,7 +243,7 @@ def test_a_damaged_manifest_gives_an_error_or_the_same_tokens(make_corpus: MakeC
                 break
             node = node[key]
         node[key] = draw.choice([None, -1, 3, 1 << 70, 0.5, "x", "", [], {}, True, [[1]], float("nan")])
-        path.write_text(json.dumps(record))
+        write_sealed(manifest.folder, record)
         try:
             store = TokenStore(load_manifest(manifest.folder), "train")
             tokens = store.read(0, store.n_tokens)
@@ -227,18 +252,6 @@ def test_a_damaged_manifest_gives_an_error_or_the_same_tokens(make_corpus: MakeC
             continue
         assert np.array_equal(tokens, expected)
     assert n_refused > 300
-
-
-def test_verify_names_every_damaged_shard(make_corpus: MakeCorpus) -> None:
-    manifest = make_corpus(LENGTHS)
-    folder = manifest.folder
-    assert verify_shards(manifest, progress=False) == sum(path.stat().st_size for path in folder.glob("*.tar"))
-    for name in ("train-000001.tar", "validation-000000.tar"):
-        data = bytearray((folder / name).read_bytes())
-        data[-1] ^= 1
-        (folder / name).write_bytes(data)
-    with pytest.raises(DamagedData, match=r"2 of \d+ shards.*\(train-000001.tar, validation-000000.tar\)"):
-        verify_shards(manifest, progress=False)
 
 
 def test_the_reading_side_imports_neither_torch_nor_webdataset() -> None:

@@ -1,0 +1,132 @@
+"""Processes that do numbered tasks, report how far they are, and end when they should."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.synchronize import Event
+from typing import Any
+
+# Told the source bytes and the tokens that were done since it was last called.
+Advance = Callable[[int, int], None]
+# Does one task: its number, its arguments, and whom to tell about progress.
+Task = Callable[..., None]
+
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.2
+
+
+class WorkerDied(RuntimeError):  # noqa: N818, named after what happened
+    """A worker ended without an answer."""
+
+
+class _Stopped(Exception):  # noqa: N818, no error
+    """Another task failed."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Do tasks in processes of their own, or in this process where there are none."""
+
+    pool: ProcessPoolExecutor | None
+    n_workers: int
+    counts: Any
+    stop: Event | None
+
+    def run(self, task: Task, calls: Sequence[tuple[Any, ...]], advance: Advance) -> None:
+        """Call `task(*call, advance)` for all calls, in any order.
+
+        Raises:
+            WorkerDied: a worker process ended, for example killed because memory was short.
+            Exception: whatever a task raises first; the others are stopped.
+        """
+        if self.pool is None:
+            for call in calls:
+                task(*call, advance)
+            return
+        waiting = deque(calls)
+        running: dict[Future[None], tuple[Any, ...]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2 * self.n_workers:
+                    call = waiting.popleft()
+                    running[self.pool.submit(_do, task, call)] = call
+                done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+                self._report(advance)
+                for future in done:
+                    future.result()
+                    del running[future]
+        except BrokenProcessPool as error:
+            numbers = ", ".join(str(call[0]) for call in list(running.values())[: self.n_workers])
+            raise WorkerDied(f"a worker process died; parts {numbers} were being worked on") from error
+
+    def _report(self, advance: Advance) -> None:
+        with self.counts.get_lock():
+            n_bytes, n_tokens = self.counts[:]
+            self.counts[:] = [0, 0]
+        advance(n_bytes, n_tokens)
+
+
+@contextmanager
+def start_workers(n_workers: int, *, threads: int) -> Iterator[Workers]:
+    """Start workers for the block.
+
+    They end with this process, however it ends, and with Ctrl-C.
+
+    Args:
+        n_workers: processes; 0 does the tasks here, with the threads that `tokenizers` takes.
+        threads: of `tokenizers` in each worker.
+    """
+    # A daemonic process may not have children.
+    if n_workers == 0 or multiprocessing.current_process().daemon:
+        yield Workers(None, 0, None, None)
+        return
+    context = multiprocessing.get_context("spawn")
+    counts, stop = context.Array("q", 2), context.Event()
+    arguments = (os.getpid(), threads, counts, stop)
+    with ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=arguments) as pool:
+        try:
+            yield Workers(pool, n_workers, counts, stop)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker(parent: int, threads: int, counts: Any, stop: Event) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # It died before it could be watched.
+        os._exit(1)
+    # Ends it without a traceback; what is half done is done again.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The library offers no other way to say this.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+
+    _shared[:] = [counts, stop]
+
+
+# What a worker was given by its parent: the counts and the event of `Workers`.
+_shared: list[Any] = []
+
+
+def _do(task: Task, call: tuple[Any, ...]) -> None:
+    counts, stop = _shared
+
+    def advance(n_bytes: int, n_tokens: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        with counts.get_lock():
+            counts[0] += n_bytes
+            counts[1] += n_tokens
+
+    task(*call, advance)

@@ -1,0 +1,154 @@
+"""Reading the windows of the next steps in a process of its own, while the device computes."""
+# B batch, T tokens.
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from itertools import count
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.mixture import Mixture
+from transmamba.errors import EXIT_HANG, EXIT_RANK_DIED, RunError
+
+_PR_SET_PDEATHSIG = 1
+# A launcher, a shell or Slurm sends these to every process of a job; they are meant for the trainer.
+_NOT_FOR_READERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Rows(NamedTuple):
+    """A rank's windows of one step as tensors; see `Windows`."""
+
+    tokens_BT: Tensor
+    starts: list[Tensor]
+    weight_BT: Tensor
+
+    def part(self, first: int, last: int) -> "Rows":
+        """Rows `first` to `last` (exclusive)."""
+        return Rows(self.tokens_BT[first:last], self.starts[first:last], self.weight_BT[first:last])
+
+
+class RowReader:
+    """Windows of one rank by data step: at once, or read ahead by another process into pinned memory.
+
+    Args:
+        mixture: the training stream.
+        global_batch: windows per step.
+        first_row, n_rows: this rank's part of every global batch.
+        ahead: steps to read ahead; 0 reads when asked.
+        pin: whether tensors come in pinned memory.
+        limit_s: seconds without an answer that count as a hang; 0 waits for ever.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        global_batch: int,
+        first_row: int,
+        n_rows: int,
+        ahead: int = 0,
+        pin: bool = False,
+        limit_s: float = 0,
+    ):
+        self._steps = _Steps(mixture, global_batch, first_row, n_rows)
+        self._ahead, self._pin, self._limit_s = ahead, pin, limit_s
+        self._next: int | None = None
+        self._source: Iterator[Rows | DataError] = iter(())
+        self._process: BaseProcess | None = None
+
+    def rows(self, data_step: int, following: int) -> Rows:
+        """The windows of a step; `following` is the one that will be asked for next.
+
+        Raises:
+            DataError, DamagedData: as the mixture.
+            RunError: the reading process died (exit 31) or gave no answer in time (exit 30); the line names it.
+        """
+        if not self._ahead:
+            return _checked(self._steps[data_step])
+        if self._next != data_step:
+            self._start(data_step)
+        rows = self._take(data_step)
+        self._next = data_step + 1 if following == data_step + 1 else None
+        return rows
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the reading process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    def close(self) -> None:
+        """End the reading process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()  # it ignores what the loader would send
+            self._process.join()
+        self._process, self._next, self._source = None, None, iter(())
+
+    def _start(self, data_step: int) -> None:
+        self.close()
+        loader = DataLoader(
+            self._steps,
+            batch_size=None,
+            sampler=count(data_step),  # pyright: ignore[reportArgumentType], endless on purpose
+            num_workers=1,
+            prefetch_factor=self._ahead,
+            pin_memory=self._pin,
+            timeout=self._limit_s,
+            worker_init_fn=_serve_only_the_trainer,
+            multiprocessing_context="fork",
+        )
+        before = set(multiprocessing.active_children())
+        self._source = iter(loader)
+        (self._process,) = set(multiprocessing.active_children()) - before
+
+    def _take(self, data_step: int) -> Rows:
+        assert self._process is not None
+        pid = self.process_id
+        try:
+            return _checked(next(self._source))
+        except RuntimeError as error:
+            if self._process.is_alive():
+                code, what = EXIT_HANG, f"gave no answer for {self._limit_s:g} s"
+                fix = "look at the storage of data.path, and start again; watchdog.limit_s sets the limit"
+            else:
+                code, what = EXIT_RANK_DIED, f"died with exit code {self._process.exitcode}"
+                fix = "look for an out-of-memory kill, and start again"
+            self.close()
+            who = f"the reader of rank {os.environ.get('RANK', '0')} (process {pid})"
+            raise RunError(code, f"data.prefetch: {who} {what} at data step {data_step}. Fix: {fix}") from error
+
+
+class _Steps(Dataset[Rows | DataError]):
+    def __init__(self, mixture: Mixture, global_batch: int, first_row: int, n_rows: int):
+        self._mixture, self._global_batch = mixture, global_batch
+        self._first_row, self._n_rows = first_row, n_rows
+
+    def __getitem__(self, data_step: int) -> Rows | DataError:
+        try:
+            windows = self._mixture.rows(data_step * self._global_batch + self._first_row, self._n_rows)
+        except DataError as error:
+            # As a value: the loader would make another exception of it.
+            return error
+        starts = [torch.from_numpy(np.ascontiguousarray(row)) for row in windows.starts]
+        return Rows(torch.from_numpy(windows.tokens_BT), starts, torch.from_numpy(windows.weight_BT))
+
+
+def _checked(rows: Rows | DataError) -> Rows:
+    if isinstance(rows, DataError):
+        raise rows
+    return rows
+
+
+def _serve_only_the_trainer(_worker: int) -> None:
+    """Ignore signals that are meant for the trainer, and end with it."""
+    for number in _NOT_FOR_READERS:
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
