@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -41,7 +42,11 @@ def hold_work_folder(out: Path) -> Iterator[Path]:
 
 def remove_work_folder(folder: Path) -> None:
     """Remove it, while it is held."""
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _clear(folder)
+        # Last, so that nobody who takes the folder over loses files of his own.
+        (folder / _LOCK).unlink()
+        folder.rmdir()
 
 
 def begin(folder: Path, plan: dict[str, object], *, keep: Collection[str] = ()) -> list[str]:
@@ -62,13 +67,19 @@ def begin(folder: Path, plan: dict[str, object], *, keep: Collection[str] = ()) 
         earlier = {}
     if earlier == digests:
         return []
+    _clear(folder, keep)
+    save_record(folder / _PLAN, dict(digests))
+    return [name for name in digests if earlier and earlier.get(name) != digests[name]]
+
+
+def _clear(folder: Path, keep: Collection[str] = ()) -> None:
+    # First of all what says that the rest is complete: a kill may leave any part of it.
+    (folder / _PLAN).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != _LOCK and str(path) not in keep:
             path.unlink()
-    save_record(folder / _PLAN, dict(digests))
-    return [name for name in digests if earlier and earlier.get(name) != digests[name]]
 
 
 @contextmanager

@@ -2,12 +2,11 @@
 
 A checkpoint is written into a temporary directory, its files are fsynced, the manifest comes last, and one rename
 publishes it. A directory without a valid manifest does not exist. The manifest carries its own SHA-256 in its first
-line, the SHA-256 of every file, and a checksum of every slice, so that a rank verifies what it reads and reads no more.
+line, the SHA-256 of every file, and a digest of every slice, so that a rank verifies what it reads and reads no more.
 """
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
 from transmamba import disk
@@ -102,7 +102,7 @@ class Checkpoint:
         """Elements from `start` of the flattened tensor or of a shard of it; reads little more where it was cut alike.
 
         Raises:
-            CheckpointError: it cannot be read, or does not match its checksum.
+            CheckpointError: it cannot be read, or does not match its digest.
         """
         entries = self.slices[name, kind].get(shard)
         if entries is None:
@@ -122,8 +122,8 @@ class Checkpoint:
                 if not got:
                     raise CheckpointError(f"{self.path / entry.file}: ends within {entry.name}")
                 n_read += got
-        if zlib.crc32(data) != entry.crc32:
-            raise CheckpointError(f"{self.path / entry.file}: {entry.kind} of {entry.name} has another checksum")
+        if xxhash.xxh3_64_hexdigest(data) != entry.xxh3:
+            raise CheckpointError(f"{self.path / entry.file}: {entry.kind} of {entry.name} has another digest")
         return torch.frombuffer(data, dtype=DTYPES[entry.dtype])
 
 

@@ -58,7 +58,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest; 0 among all")] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Complete prompts with the newest checkpoint of a run."""
+    """Complete prompts with the newest checkpoint of a run, or with a model folder of transformers."""
     from transmamba.generate import generate as pieces_of
 
     def run() -> None:

@@ -58,11 +58,17 @@ def complete(
 
 
 def load_run(folder: Path) -> tuple[Model, Tokenizer, Config, int]:
-    """The model of a run folder's newest valid checkpoint, its tokenizer, configuration and end-of-document id.
+    """The model of a run folder's newest valid checkpoint, or of a model folder of transformers that fits; its
+    tokenizer, configuration and end-of-document id.
 
     Raises:
-        ConfigError: no run there, or no checkpoint that verifies.
+        ConfigError: no run there, no checkpoint that verifies, or a model that is none of ours.
     """
+    if (folder / "config.json").is_file():
+        # transformers is needed for nothing else here.
+        from transmamba.checkpoints_tools.hf_import import load_folder
+
+        return load_folder(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError([Problem("RUN_DIR", "there is no config.yaml in it", folder, "give a run folder")])
     config = load(["--config", str(folder / "config.yaml")])

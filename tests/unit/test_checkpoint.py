@@ -80,7 +80,7 @@ def test_a_rank_reads_its_part_and_verifies_it(tmp_path: Path, monkeypatch: pyte
     data[loaded.slices["a", "master"][None][1].offset + 3] ^= 16
     file.write_bytes(data)
     assert torch.equal(loaded.part("a", "master", None, 0, 25), whole_tensors()["a", "master"].flatten()[:25])
-    with pytest.raises(CheckpointError, match=r"master of a has another checksum"):
+    with pytest.raises(CheckpointError, match=r"master of a has another digest"):
         loaded.part("a", "master", None, 0, 26)
 
 
@@ -178,9 +178,9 @@ def test_an_edited_manifest_is_refused_even_if_it_is_sealed_again(
         checkpoint.look(path)
 
 
-def test_a_place_or_checksum_that_was_edited_is_noticed_where_it_is_read(tmp_path: Path) -> None:
+def test_a_place_or_digest_that_was_edited_is_noticed_where_it_is_read(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    for key, value in (("crc32", 1), ("offset", 0)):
+    for key, value in (("xxh3", "0" * 16), ("offset", 0)):
         resealed(path, lambda m, key=key, value=value: m["slices"][0].update({key: value}))
         with pytest.raises(CheckpointError, match="master of a"):
             checkpoint.read(path).shaped("a", "master")

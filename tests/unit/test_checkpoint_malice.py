@@ -105,7 +105,7 @@ def test_a_pickle_in_the_place_of_any_file_is_never_run(
     (folder / "step-00000002" / "optimizer.pt").write_bytes(data)
     found, rejected = checkpoint.newest_valid(folder)
     if vouched and found is not None and found.step == 4:  # long enough to hold the slice: bytes are bytes
-        with pytest.raises(CheckpointError, match="checksum"):
+        with pytest.raises(CheckpointError, match="another digest"):
             found.shaped("w", "master")
     else:
         assert found is not None and found.step == 2 and len(rejected) == 2
@@ -217,7 +217,8 @@ def test_the_package_knows_no_format_that_runs_code() -> None:
         names = {getattr(node, part, None) for node in ast.walk(code) for part in ("id", "attr", "arg", "name")}
         words = {word for name in names if isinstance(name, str) for word in name.split(".")}
         assert not words & {"pickle", "Unpickler", "weights_only", "allow_pickle", "FileSystemReader", "dill"}, file
-        text = ast.unparse(code)
-        assert "torch.load" not in text, file
+        used = {ast.unparse(node) for node in ast.walk(code) if isinstance(node, ast.Attribute)}
+        assert "torch.load" not in used, file
         if file.name != "bench_checkpoint.py":
-            assert "torch.save" not in text and "distributed.checkpoint" not in text, file
+            modules = {node.module or "" for node in ast.walk(code) if isinstance(node, ast.ImportFrom)}
+            assert "torch.save" not in used and not any("distributed.checkpoint" in name for name in modules), file

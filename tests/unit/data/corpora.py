@@ -46,15 +46,16 @@ def write_corpus(
     block_tokens: int,
     dtype: str = "<u4",
     tokenizer: Tokenizer | None = None,
+    held_out: Documents | None = None,
 ) -> Manifest:
-    """Prepared data with these training documents and a validation split of one."""
+    """Prepared data with these training documents, and `held_out` or the first of them as the validation split."""
     folder.mkdir(parents=True, exist_ok=True)
     text = tokenizer.to_str() if tokenizer else "{}"
     (folder / "tokenizer.json").write_text(text)
     n_entries = VOCAB_SIZE if dtype == "<u4" else 60_000
     sizes = {"shard_tokens": shard_tokens, "block_tokens": block_tokens}
     splits = {}
-    for name, entries in (("train", documents), ("validation", documents[:1])):
+    for name, entries in (("train", documents), ("validation", held_out or documents[:1])):
         writer = ShardWriter(folder, name, dtype=np.dtype(dtype), eod_id=EOD, **sizes)
         for document in entries:
             writer.add(document)

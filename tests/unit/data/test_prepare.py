@@ -6,6 +6,8 @@ import gzip
 import json
 import multiprocessing
 import pydoc_data.topics
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from transmamba.data_pipeline.manifest import LENGTH_EDGES, Manifest, load_manif
 from transmamba.data_pipeline.prepare import default_corpus, prepare, summary_lines
 from transmamba.data_pipeline.tokenizer import load_tokenizer, token_bytes
 from transmamba.data_pipeline.tokens import TokenStore
-from transmamba.data_pipeline.work import begin, hold_work_folder
+from transmamba.data_pipeline.work import begin, hold_work_folder, remove_work_folder
 
 TOPICS = {name: str(text) for name, text in sorted(pydoc_data.topics.topics.items())}
 
@@ -151,6 +153,25 @@ def test_another_plan_starts_anew_and_says_what_differs(tmp_path: Path) -> None:
         changed = begin(folder, {"sources": ["a", 4], "seed": 1}, keep=[str(folder / "mine")])
         assert changed == ["sources"]
         assert sorted(path.name for path in folder.iterdir()) == ["lock", "mine", "plan.json"]
+
+
+@pytest.mark.parametrize("ending", [remove_work_folder, lambda folder: begin(folder, {"seed": 2})])
+def test_a_work_folder_that_was_half_removed_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: Callable[[Path], object]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with hold_work_folder(tmp_path / "out") as folder:
+        begin(folder, {"seed": 1})
+        (folder / "shards").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ending(folder)
+        assert (folder / "shards").exists()
+        begin(folder, {"seed": 1})
+        assert not (folder / "shards").exists()
 
 
 def test_replacing_that_was_interrupted_loses_no_data(texts: Path, tmp_path: Path) -> None:

@@ -100,3 +100,9 @@ def test_shards_are_little_larger_than_their_tokens(tmp_path: Path) -> None:
     n_tokens = sum(shard.n_tokens for shard in written.shards)
     assert n_tokens > 20 * BLOCK_TOKENS
     assert sum((tmp_path / shard.name).stat().st_size for shard in written.shards) < 1.02 * 2 * n_tokens
+
+
+def test_a_target_that_cannot_be_made_is_named(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["data", "prepare", str(folder / "good.txt"), "--out", "/proc/none/made"])
+    assert result.exit_code == 2
+    assert "/proc/none/made: cannot be made (No such file or directory). Fix: choose a folder that" in result.output

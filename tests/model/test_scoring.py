@@ -1,0 +1,152 @@
+"""`transmamba evaluate`: scores against logits taken one document at a time, and tasks made of the held-out text."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.model.hf_runs import SEQ_LEN, make_run, topics
+from tests.unit.data.corpora import write_corpus
+from transmamba.compose import load
+from transmamba.data_pipeline.tokenizer import encode_documents, load_tokenizer, token_bytes
+from transmamba.errors import ConfigError
+from transmamba.kernels.documents import Documents
+from transmamba.model.model import Model
+from transmamba.scoring import evaluate, position_bins, score_lines
+from transmamba.tasks import LOCAL_TASKS, run_tasks, write_local_tasks
+from transmamba.transpoint import effective_points
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model, list[list[int]]]:
+    """A run, its model, and the documents that its validation split holds."""
+    root = tmp_path_factory.mktemp("scoring")
+    run = root / "run"
+    model = make_run(run, "transmamba", 3, f"data.path={root / 'data'}")
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    documents = encode_documents(tokenizer, [text[:700] for text in topics(9)], eod_id=0)
+    write_corpus(root / "data", documents, shard_tokens=600, block_tokens=200, dtype="<u2", tokenizer=tokenizer)
+    # The fixture's validation split is the first document alone.
+    return run, model, [documents[0].tolist()]
+
+
+def expected(model: Model, run: Path, documents: list[list[int]]) -> tuple[list[float], list[int], list[int]]:
+    """Loss, position and bytes of every counted token, from logits of each piece of a document by itself."""
+    points = effective_points(load(["--config", str(run / "config.yaml")]), 10**18)
+    bytes_of = token_bytes(load_tokenizer(run / "tokenizer.json"))
+    losses, positions, n_bytes = [], [], []
+    stream = [token for document in documents for token in document]
+    for begin in range(0, len(stream) - 1, SEQ_LEN):
+        window = stream[begin : begin + SEQ_LEN + 1]
+        first = 0
+        for i in range(len(window) - 1):
+            ends = window[i] == 0
+            if ends or i == len(window) - 2:
+                piece = torch.tensor([window[first : i + 2]])
+                with torch.no_grad():
+                    logits = model.predict(piece[:, :-1], points, Documents.whole(1, piece.shape[1] - 1))[:, 0]
+                nll = F.cross_entropy(logits, piece[0, 1:], reduction="none").tolist()
+                for offset, loss in enumerate(nll):
+                    if window[first + offset] != 0:
+                        losses.append(loss)
+                        positions.append(offset)
+                        n_bytes.append(int(bytes_of[window[first + offset + 1]]))
+                first = i + 1
+    return losses, positions, n_bytes
+
+
+def test_scores_are_those_of_the_logits(scored: tuple[Path, Model, list[list[int]]], tmp_path: Path) -> None:
+    run, model, documents = scored
+    (score,) = evaluate(run, out=tmp_path, max_tokens=0, seq_len=None, progress=False)
+    losses, positions, n_bytes = expected(model, run, documents)
+    assert score.name == "validation"
+    assert score.n_tokens == len(losses)
+    assert score.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / sum(n_bytes), rel=1e-5)
+    for (low, high), loss, count in zip(score.positions, score.loss_at, score.tokens_at, strict=True):
+        inside = [found for found, position in zip(losses, positions, strict=True) if low <= position < high]
+        assert count == len(inside)
+        assert loss == pytest.approx(sum(inside) / len(inside), rel=1e-5)
+    assert sum(score.tokens_at) == score.n_tokens
+    record = json.loads((tmp_path / "evaluate.json").read_text())
+    assert record["transpoints"] == [0, 9, 70, None]
+    assert record["sets"][0]["loss"] == score.loss
+    assert (tmp_path / "evaluate.png").stat().st_size > 10_000
+    assert len(score_lines([score])) == 2
+
+
+def test_bins_are_cut_at_every_transpoint() -> None:
+    assert position_bins(20, [0, 6, math.inf, 20]) == [(0, 1), (1, 2), (2, 4), (4, 6), (6, 8), (8, 16), (16, 20)]
+
+
+def test_a_part_of_the_set_and_longer_windows_can_be_asked_for(
+    scored: tuple[Path, Model, list[list[int]]], tmp_path: Path
+) -> None:
+    run, _, documents = scored
+    (part,) = evaluate(run, out=tmp_path, max_tokens=10, seq_len=None, progress=False)
+    (long,) = evaluate(run, out=tmp_path, max_tokens=0, seq_len=400, progress=False)
+    assert part.n_tokens == SEQ_LEN
+    assert long.n_tokens == len(documents[0]) - 1
+    assert max(end for _, end in long.positions) > SEQ_LEN
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        evaluate(tmp_path / "nothing", out=tmp_path / "out", max_tokens=0, seq_len=None, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_the_harness_runs_tasks_of_the_validation_text(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    run = _run_with_long_validation(tmp_path)
+    results = run_tasks(run, tasks=list(LOCAL_TASKS), include=None, out=tmp_path / "out", limit=4)
+    assert 0 <= results["heldout_choice"]["acc,none"] <= 1
+    assert 1 < results["heldout_bits"]["bits_per_byte,none"] < 20
+    assert json.loads((tmp_path / "out" / "tasks.json").read_text()) == results
+
+
+def test_tasks_are_the_same_each_time_and_hide_the_answer(tmp_path: Path) -> None:
+    run = _run_with_long_validation(tmp_path)
+    found = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_local_tasks(run, folder, 4)
+        found.append({path.name: path.read_text().replace(str(folder), "") for path in folder.iterdir()})
+    assert found[0] == found[1]
+    rows = [json.loads(line) for line in (tmp_path / "one" / "heldout_choice.jsonl").read_text().splitlines()]
+    texts = [text for text in topics(40) if len(text) >= 260]
+    assert len(rows) == 4
+    assert len({row["gold"] for row in rows}) > 1
+    for row in rows:
+        (whole,) = [text for text in texts if text.startswith(row["query"])]
+        assert [whole[200:260] == choice for choice in row["choices"]] == [i == row["gold"] for i in range(4)]
+
+
+def test_a_missing_harness_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install transmamba\[eval\]"):
+        run_tasks(tmp_path, tasks=["heldout_bits"], include=None, out=tmp_path / "out", limit=4)
+    assert not (tmp_path / "out").exists()
+
+
+def _run_with_long_validation(root: Path) -> Path:
+    run = root / "run"
+    make_run(run, "transmamba", 3, f"data.path={root / 'data'}")
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    texts = [text for text in topics(40) if len(text) >= 260]
+    documents = encode_documents(tokenizer, texts, eod_id=0)
+    write_corpus(
+        root / "data",
+        documents,
+        shard_tokens=6000,
+        block_tokens=200,
+        dtype="<u2",
+        tokenizer=tokenizer,
+        held_out=documents,
+    )
+    return run
