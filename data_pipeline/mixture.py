@@ -17,7 +17,7 @@ from transmamba.data_pipeline.tokens import Places
 
 # Positions that are looked up at once, at least and at most: a permutation costs about as much for one as for
 # hundreds, but an epoch of few windows needs one of its own.
-_LEAST_CHUNK, _MOST_CHUNK = 64, 16384
+_LEAST_CHUNK, _MOST_CHUNK = 16, 16384
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,14 @@ class MicroBatch(NamedTuple):
     transpoints: Sequence[int | float]
 
 
+def data_step_of(step: int, skip: Sequence[str]) -> int:
+    """The global batch of training step `step` when the ranges "first:last" of batches are left out."""
+    for first, last in sorted(tuple(int(end) for end in text.split(":")) for text in skip):
+        if step >= first:
+            step += last - first
+    return step
+
+
 class Packer:
     """Turns rows of windows into micro-batches on the device, cut to this rank's tokens."""
 
@@ -73,7 +81,7 @@ class Batches:
         self.global_batch = train.global_batch
         self.n_rows_local = train.global_batch // topology.dp
         self.first_row_local = topology.dp_rank * self.n_rows_local
-        self.skips = sorted(tuple(int(end) for end in text.split(":")) for text in data.skip)
+        self.skip = data.skip
         on_gpu = topology.device.type == "cuda"
         ahead = data.prefetch
         if ahead is None:
@@ -93,10 +101,7 @@ class Batches:
 
     def data_step(self, step: int) -> int:
         """The global batch that training step `step` (from 0) uses: skipped ranges shift all later ones."""
-        for first, last in self.skips:
-            if step >= first:
-                step += last - first
-        return step
+        return data_step_of(step, self.skip)
 
     def of_step(self, step: int, transpoints: Sequence[int | float]) -> list[MicroBatch]:
         """The micro-batches of training step `step`, in order."""

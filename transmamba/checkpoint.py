@@ -8,8 +8,10 @@ line, the SHA-256 of every file, and a digest of every slice, so that a rank ver
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +23,7 @@ from transmamba import disk
 from transmamba.data_pipeline.progress import show_step
 from transmamba.sealed import CheckpointError, opened, seal, unseal
 from transmamba.slices import Piece, Shard, assemble, check_cover
-from transmamba.staging import DTYPES, Image, Slice, plan, write_image
+from transmamba.staging import DTYPES, Image, Slice, Written, plan, write_image
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -190,18 +192,23 @@ def save(folder: Path, step: int, pieces: Iterable[Piece], record: dict[str, Any
     return target
 
 
-def write_part(temporary: Path, images: Iterable[Image]) -> dict[str, Any]:
-    """Write a rank's files durably; returns its `tensors`, `slices` and `files` of the manifest.
+def write_part(
+    temporary: Path, images: Iterable[Image], write: Callable[[Path, Image], Written] = write_image
+) -> dict[str, Any]:
+    """Write a rank's files durably, two at a time; returns its `tensors`, `slices` and `files` of the manifest.
 
     Raises:
         OSError: the file system refused.
     """
     part: dict[str, Any] = {"tensors": {}, "slices": [], "files": {}}
-    for image in images:
-        file, _ = image
-        part["files"][file.name], slices = write_image(temporary, image)
-        part["slices"] += [entry._asdict() for entry in slices]
-        part["tensors"] |= {piece.name: list(piece.shape) for piece in file.pieces}
+    waiting = iter(images)
+    with ThreadPoolExecutor(2) as writers:  # one core hashes no faster than a disk writes
+        while batch := list(islice(waiting, 2)):
+            written = writers.map(lambda image: write(temporary, image), batch)
+            for (file, _), (entry, slices) in zip(batch, written, strict=True):
+                part["files"][file.name] = entry
+                part["slices"] += [found._asdict() for found in slices]
+                part["tensors"] |= {piece.name: list(piece.shape) for piece in file.pieces}
     return part
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transmamba.batches import data_step_of
 from transmamba.checkpoint import Checkpoint, newest_valid, published, set_aside
 from transmamba.config import Config, tokens_per_step
 from transmamba.errors import EXIT_CHECKPOINT_MISMATCH, EXIT_NO_VALID_CHECKPOINT, RunError
@@ -20,18 +21,19 @@ from transmamba.parallel.zero import Optimizer
 from transmamba.slices import Piece, Shard
 from transmamba.transpoint import effective_points
 
-# What a resumed run may change. Every key of the schema, or the section it is in, stands in one of the three.
+# What a resumed run may change. Every key of the schema, or the section it is in, stands in one of the four.
 FIXED = (  # what the run is: exit code 23
     *("seed", "precision", "model", "train.global_batch"),
-    *("data.blend", "data.stages", "data.document_mask", "data.shuffle_shards"),
+    *("data.blend", "data.document_mask", "data.shuffle_shards"),
 )
+TO_COME = ("data.skip", "data.stages")  # for data that the checkpoint has not come to; else exit code 23
 ALLOWED_BY = {"data.seq_len": "seq_len", "transpoint": "transpoint"}  # with this word in resume.allow
 FREE = (  # how, where and how long it trains: noted in events.jsonl
     *("train.steps", "train.tokens", "train.micro_batch", "train.recompute", "train.threads"),
     *("train.replica_check_every", "train.layer_stats_every"),
     *("optim", "parallel", "zero", "validation", "checkpoint", "resume", "sample", "watchdog", "wandb", "run"),
-    # Where the data lies (its tokens are compared by fingerprint), and what to leave out of what is to come.
-    *("data.path", "data.sources", "data.skip", "data.prefetch", "data.ledger", "data.cache_dir", "data.cache_gib"),
+    # Where the data lies: its tokens are compared by fingerprint.
+    *("data.path", "data.sources", "data.prefetch", "data.ledger", "data.cache_dir", "data.cache_gib"),
 )
 
 
@@ -63,11 +65,18 @@ def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> l
     defaults = flatten(Config().model_dump(mode="json"))  # of keys that came after the checkpoint
     then |= {key: defaults[key] for key in now.keys() - then.keys() if key in defaults}
     differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    past = _changed_past(checkpoint, config, then)
     for key in differing:
+        if _under(key, TO_COME) and key not in past:
+            continue
         allowance = next((word for prefix, word in ALLOWED_BY.items() if _under(key, (prefix,))), None)
         if _under(key, FREE) or (allowance or "nothing") in config.resume.allow:
             continue
         fix = f"set it back to {then.get(key)!r}, or start anew with another run.dir"
+        if key in past:
+            fix = (
+                f"keep what was before data step {past[key]} as it was ({then.get(key)!r}) and change only what follows"
+            )
         if allowance:
             fix += f", or allow the change with resume.allow=[{allowance}]"
         raise RunError(
@@ -81,6 +90,22 @@ def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> l
             f"(got {config.data.path}). Fix: point data.path at this run's data, or start anew with another run.dir",
         )
     return differing
+
+
+def _changed_past(checkpoint: Checkpoint, config: Config, then: dict[str, Any]) -> dict[str, int]:
+    """Keys of `TO_COME` that would change which data came before the checkpoint, and the data step it had come to."""
+    position = data_step_of(checkpoint.step - 1, then["data.skip"]) + 1 if checkpoint.step else 0
+
+    def skipped(skip: Sequence[str]) -> list[tuple[int, int]]:
+        ranges = [tuple(int(end) for end in text.split(":")) for text in skip]
+        return sorted((first, min(last, position)) for first, last in ranges if first < position)
+
+    now = [stage.model_dump(mode="json") for stage in config.data.stages if stage.step < position]
+    faults = {
+        "data.skip": skipped(then["data.skip"]) != skipped(config.data.skip),
+        "data.stages": [stage for stage in then["data.stages"] if stage["step"] < position] != now,
+    }
+    return {key: position for key, is_changed in faults.items() if is_changed}
 
 
 def restore(checkpoint: Checkpoint, chunks: Sequence[nn.Module], optimizer: Optimizer, shards: Shards) -> None:

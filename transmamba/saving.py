@@ -32,7 +32,7 @@ from transmamba.config import CheckpointConfig
 from transmamba.errors import EXIT_STORAGE, RunError
 from transmamba.metrics import Journal
 from transmamba.slices import Piece
-from transmamba.staging import Image, Memory, PlannedFile, plan
+from transmamba.staging import Image, Memory, PlannedFile, Written, plan, write_image
 
 RETRY_S = (0.5, 2.0, 8.0)  # waits between the attempts at a write that the file system refused
 ROOM = 1.02  # of the tensors' bytes, for headers and manifest
@@ -53,7 +53,7 @@ class _Flight:
     thread: threading.Thread = field(default_factory=threading.Thread)
     called_off: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
-    n_written: int = 0  # of this rank's files
+    written: list[str] = field(default_factory=list)  # this rank's files
     refusals: list[str] = field(default_factory=list)  # what was tried again
     problem: str | None = None
     bug: Exception | None = None
@@ -165,7 +165,7 @@ class Saver:
         if flight is None:
             return None
         is_busy, is_lost = not flight.ended.is_set(), flight.problem is not None
-        counts = torch.tensor([is_busy, is_lost, flight.n_written], dtype=torch.float64)
+        counts = torch.tensor([is_busy, is_lost, len(flight.written)], dtype=torch.float64)
         n_busy, n_lost, n_written = self._ranks.sum_all(counts).tolist()
         if flight.bug is not None:
             self._flight = None
@@ -233,12 +233,9 @@ class Saver:
         """The thread: this rank's files and its note; on rank 0 the rest."""
         temporary = temporary_of(self._folder, flight.step)
         try:
-            parts = []
-            for image in images:
-                parts.append(self._patiently(flight, lambda image=image: write_part(temporary, [image])))
-                flight.n_written += 1
+            part = write_part(temporary, images, lambda folder, image: self._write_file(flight, folder, image))
             note = temporary / _note(self._ranks.rank)
-            self._patiently(flight, lambda: _leave(note, merge(parts)))
+            self._patiently(flight, lambda: _leave(note, part))
             if self._ranks.rank == 0:
                 self._commit(flight, temporary)
         except OSError as error:
@@ -248,6 +245,11 @@ class Saver:
             flight.problem = repr(error)
         finally:
             flight.ended.set()
+
+    def _write_file(self, flight: _Flight, folder: Path, image: Image) -> Written:
+        written = self._patiently(flight, lambda: write_image(folder, image))
+        flight.written.append(image[0].name)
+        return written
 
     def _commit(self, flight: _Flight, temporary: Path) -> None:
         notes = [temporary / _note(rank) for rank in range(self._ranks.world_size)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from transmamba import disk
 from transmamba.slices import Piece, Shard
 
-FILE_BYTES = 1 << 30  # a file is closed when it holds this much
+FILE_BYTES = 1 << 28  # a file is closed when it holds this much
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -82,6 +82,7 @@ class PlannedFile:
 
 
 Image = tuple[PlannedFile, list[memoryview]]
+Written = tuple[dict[str, Any], list[Slice]]  # a file's entry of the manifest, and its slices
 
 
 def plan(pieces: Iterable[Piece], rank: int) -> Iterator[PlannedFile]:
@@ -161,8 +162,8 @@ def _bytes_of(values: Tensor) -> Tensor:
     return values.detach().flatten().view(torch.uint8)
 
 
-def write_image(folder: Path, image: Image) -> tuple[dict[str, Any], list[Slice]]:
-    """Write a file durably; returns its entry of the manifest and its slices.
+def write_image(folder: Path, image: Image) -> Written:
+    """Write a file durably.
 
     Raises:
         OSError: the file system refused.

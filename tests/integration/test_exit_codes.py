@@ -15,6 +15,7 @@ from tests.integration.conftest import Trainer, final_state
 from tests.integration.test_resume import damage, interrupt_at
 from transmamba import checkpoint, disk, loop, saving
 from transmamba.data_pipeline.manifest import load_manifest
+from transmamba.metrics import read_metrics
 from transmamba.parallel.pipeline import Stage
 
 
@@ -75,13 +76,9 @@ def test_signals_during_a_save_wait_for_it(train: Trainer, tmp_path: Path, monke
     monkeypatch.setattr(disk, "write_file", slow)
     assert train(folder, "train.steps=2000", "validation.every=0") == 10
     told = [event["event"] for event in events(folder)]
-    assert told[-2:] == ["stop", "exit"] and told.count("save") == 2 and "save.failed" not in told
-    steps = [int(path.name[5:]) for path in checkpoint.published(folder / "checkpoints")]
-    assert (
-        len(steps) == 2
-        and steps[1] == 4
-        and all(checkpoint.read(path) for path in checkpoint.published(folder / "checkpoints"))
-    )
+    assert told[-3:] == ["save", "stop", "exit"] and told.count("save") >= 2 and "save.failed" not in told
+    newest, before = checkpoint.published(folder / "checkpoints")
+    assert checkpoint.read(newest).step == len(read_metrics(folder)) > checkpoint.read(before).step >= 4
     assert not list((folder / "checkpoints").glob(".tmp*"))
 
 
@@ -195,7 +192,8 @@ def test_damaged_data_stops_the_run(train: Trainer, tmp_path: Path, corpus: Path
     manifest = load_manifest(copy)
     shard = manifest.splits["train"].shards[0]
     data = bytearray((copy / shard.name).read_bytes())
-    data[shard.blocks[0].tokens_offset + 10] ^= 4
+    for offset in range(len(data) // 4, 3 * len(data) // 4, 2000):
+        data[offset] ^= 4
     (copy / shard.name).write_bytes(data)
     assert train(tmp_path / "run", "train.steps=200", f"data.path={copy}") == 22
     cause = last_event(tmp_path / "run")["cause"]
