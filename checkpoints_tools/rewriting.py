@@ -54,12 +54,12 @@ def reshard(source: Checkpoint, out: Path, *, tp: int, dp: int, show: bool = Fal
         ConfigError: `out` is taken, or `tp` does not suit the model.
         RunError: a tensor is damaged (exit 21), or the disk refuses (40).
     """
-    dims = _cut_dims(source, tp)
+    dims = _cut_dims(source, tp) if tp > 1 else {}
 
     def pieces(tp_rank: int, dp_rank: int) -> Iterator[Piece]:
         for name, kind in source.slices:
             shape, dim = source.manifest["tensors"][name], dims.get(name)
-            shard = None if dim is None or tp == 1 else Shard(dim, tp_rank, tp)
+            shard = None if dim is None else Shard(dim, tp_rank, tp)
             if shard is None and tp_rank > 0:
                 continue
             n_values = torch.Size(shape).numel() // (1 if shard is None else tp)

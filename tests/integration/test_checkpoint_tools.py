@@ -168,17 +168,18 @@ def test_training_goes_on_from_a_resharded_checkpoint(train: Trainer, trained: P
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixty tensors of 0.4 MB: what Python holds at a time is a few of them."""
+    """48 MB in files of 0.8 MB: what Python holds at a time is a few of them."""
     monkeypatch.setattr(staging, "FILE_BYTES", 800_000)
-    pieces = [Piece(f"layers.{i}.w", "master", (100_000,), 0, torch.full((100_000,), float(i))) for i in range(60)]
+    pieces = [Piece(f"layers.{i}.w", "master", (100_000,), 0, torch.full((100_000,), float(i))) for i in range(120)]
     config = {"config": {}, "data": {"vocab_size": 100}}
     source = look(checkpoint.save(tmp_path / "run" / "checkpoints", 1, pieces, config))
     del pieces
+    reshard(source, tmp_path / "warm", tp=1, dp=2)  # what it imports is not counted
     tracemalloc.start()
     reshard(source, tmp_path / "new", tp=1, dp=2)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 6_000_000
+    assert peak < 9_000_000
     assert same_state(source, read(tmp_path / "new" / "checkpoints" / "step-00000001"))
 
 

@@ -22,5 +22,5 @@ def test_the_default_run_learns_more_than_token_frequencies(tmp_path: Path) -> N
     held = read_metrics(tmp_path / "run")[-1]["validation"]["validation"]
     data = next(line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("data "))
     stream = Stream(TokenStore(load_manifest(Path(data)), "validation"), seq_len=256, seed=0, shuffle_shards="all")
-    entropy = Held("validation", stream, batches=None, token_bytes=None).unigram_entropy()  # pyright: ignore[reportArgumentType]
+    entropy = Held("validation", stream, packer=None, token_bytes=None).unigram_entropy()  # pyright: ignore[reportArgumentType]
     assert held["loss"] <= entropy - 0.5

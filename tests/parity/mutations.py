@@ -145,8 +145,8 @@ MUTATIONS = [
         "token count of this rank",
         "dp2-zero1",
         "transmamba.batches",
-        "float(self.topology.sum_rows(local))",
-        "float(local)",
+        "float(self.topology.sum_rows(rows.weight_BT.sum(dtype=torch.float64)))",
+        "float(rows.weight_BT.sum(dtype=torch.float64))",
     ),
     Mutation(
         "every rank takes the first rows",
