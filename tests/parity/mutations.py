@@ -152,7 +152,7 @@ MUTATIONS = [
         "every rank takes the first rows",
         "dp2-zero1",
         "transmamba.batches",
-        "self.topology.dp_rank * self.n_rows_local",
+        "topology.dp_rank * self.n_rows_local",
         "0 * self.n_rows_local",
     ),
     Mutation(
