@@ -70,9 +70,9 @@ def move_into_place(new: Path, out: Path, old: Path, *, replace: bool) -> None:
         replace: as for `publish_folder`; where it is False and `out` exists, `new` stays.
     """
     for path in (*new.iterdir(), new):
-        _flush(path)
+        flush(path)
     _move(new, out, old, replace=replace)
-    _flush(out.parent)
+    flush(out.parent)
 
 
 def settle_replacement(out: Path, old: Path) -> None:
@@ -101,7 +101,8 @@ def _move(new: Path, out: Path, old: Path, *, replace: bool) -> None:
             raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

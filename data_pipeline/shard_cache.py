@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.publish import flush
 
 HEAD_SUFFIX = ".head"
 SCRATCH_PREFIX = ".new-"
@@ -238,9 +239,9 @@ def part_path(copy: Path, n_bytes: int) -> Path:
 
 def publish(part: Path, copy: Path) -> None:
     """Give a complete part its name, after its bytes are on disk."""
-    _flush(part)
+    flush(part)
     part.replace(copy)
-    _flush(copy.parent)
+    flush(copy.parent)
 
 
 def lock_name(key: str, name: str) -> str:
@@ -252,14 +253,6 @@ def full_error(folder: Path, n_bytes: int, free: int) -> DataError:
     """That a copy does not fit on the disk."""
     problem = f"{n_bytes:,} bytes needed for a shard, {max(free, 0):,} free"
     return DataError(str(folder), problem, "make room, or set data.cache_dir to another disk")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
