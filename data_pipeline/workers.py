@@ -101,8 +101,13 @@ def start_workers(n_workers: int, *, threads: int) -> Iterator[Workers]:
             raise
 
 
-def _start_worker(parent: int, threads: int, counts: Any, stop: Event) -> None:
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start_worker(parent: int, threads: int, counts: Any, stop: Event) -> None:
+    die_with_parent()
     if os.getppid() != parent:
         # It died before it could be watched.
         os._exit(1)

@@ -146,9 +146,9 @@ def bench_step(budget_s: Budget = 300, out: Results = Path("benchmarks/results")
 @bench.command()
 def read(budget_s: Budget = 60, out: Results = Path("benchmarks/results")) -> None:
     """Packed batches of tokens beside a bare memory map, Megatron's dataset and webdataset."""
-    from transmamba.bench_stream import bench_stream
+    from transmamba.bench_read import bench_read as measure
 
-    raise typer.Exit(bench_stream(budget_s, out))
+    raise typer.Exit(measure(budget_s, out))
 
 
 @bench.command("prepare")
@@ -158,7 +158,7 @@ def bench_prepare(
     out: Results = Path("benchmarks/results"),
 ) -> None:
     """From text to shards of tokens beside datatrove, if that is installed."""
-    from transmamba.bench_data import bench_prepare as measure
+    from transmamba.bench_prepare import bench_prepare as measure
 
     raise typer.Exit(measure(budget_s, out, sources))
 

@@ -1,7 +1,6 @@
 """Reading the windows of the next steps in a process of its own, while the device computes."""
 # B batch, T tokens.
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -17,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.mixture import Mixture
+from transmamba.data_pipeline.workers import die_with_parent
 from transmamba.errors import EXIT_HANG, EXIT_RANK_DIED, RunError
 
-_PR_SET_PDEATHSIG = 1
 # A launcher, a shell or Slurm sends these to every process of a job; they are meant for the trainer.
 _NOT_FOR_READERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -151,4 +150,4 @@ def _serve_only_the_trainer(_worker: int) -> None:
     """Ignore signals that are meant for the trainer, and end with it."""
     for number in _NOT_FOR_READERS:
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()

@@ -40,7 +40,7 @@ TARGETS = {"memmap gather": 0.8, "Megatron GPTDataset": 1.0, "webdataset": 10.0}
 Reader = Callable[[], object]
 
 
-def bench_stream(budget_s: float, out: Path) -> int:
+def bench_read(budget_s: float, out: Path) -> int:
     """Measure tokens per second of every reader, print a table, write `out`/<hardware>/data-read.json.
 
     The batches are random windows of synthetic documents. Ours twice: the tokens alone, which is what the others
