@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.unit.data.corpora import numbered_documents, write_corpus
+from tests.unit.data.remote_server import FaultyServer, serve
 from transmamba.data_pipeline.manifest import Manifest
 
 
@@ -24,3 +25,10 @@ def make_corpus(tmp_path: Path) -> Callable[..., Manifest]:
         return write_corpus(tmp_path / "data", documents, shard_tokens=shard_tokens, block_tokens=block_tokens)
 
     return make
+
+
+@pytest.fixture
+def server(corpus: Manifest) -> Iterator[FaultyServer]:
+    """Serves the module's `corpus`, with faults on request."""
+    with serve(corpus.folder) as running:
+        yield running

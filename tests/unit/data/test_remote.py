@@ -36,12 +36,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture
-def server(corpus: Manifest) -> Iterator[FaultyServer]:
-    with serve(corpus.folder) as running:
-        yield running
-
-
-@pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache", 1 << 30)
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.unit.data.corpora import numbered_documents, rows_of, write_corpus
-from tests.unit.data.remote_server import FaultyServer, serve
+from tests.unit.data.remote_server import FaultyServer
 from transmamba.data_pipeline import crew
 from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.folder import PreparedFolder
@@ -41,12 +41,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Ten shards of three blocks."""
     folder = tmp_path_factory.mktemp("origin")
     return write_corpus(folder, numbered_documents([40] * 48), shard_tokens=192, block_tokens=64)
-
-
-@pytest.fixture
-def server(corpus: Manifest) -> Iterator[FaultyServer]:
-    with serve(corpus.folder) as running:
-        yield running
 
 
 def opened(server: FaultyServer, folder: Path, max_bytes: int = ROOMY) -> PreparedFolder:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.unit.data.corpora import numbered_documents, write_corpus
-from tests.unit.data.remote_server import FaultyServer, serve
+from tests.unit.data.remote_server import FaultyServer
 from transmamba.compose import load
 from transmamba.config import Config
 from transmamba.corpus import open_corpus
@@ -26,12 +25,6 @@ QUICK = Patience(attempts=2, first_pause_s=0.005, longest_pause_s=0.01)
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("origin")
     return write_corpus(folder, numbered_documents([40] * 20), shard_tokens=192, block_tokens=64)
-
-
-@pytest.fixture
-def server(corpus: Manifest) -> Iterator[FaultyServer]:
-    with serve(corpus.folder) as running:
-        yield running
 
 
 def config_of(url: str, cache: Path, *overrides: str) -> Config:
