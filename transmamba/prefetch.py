@@ -4,6 +4,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from itertools import count
 from multiprocessing.process import BaseProcess
@@ -21,6 +22,7 @@ from transmamba.errors import EXIT_HANG, EXIT_RANK_DIED, RunError
 
 # A launcher, a shell or Slurm sends these to every process of a job; they are meant for the trainer.
 _NOT_FOR_READERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LOOK_EVERY_S = 1.0  # how often a silent reader is looked at
 
 
 class Rows(NamedTuple):
@@ -100,29 +102,43 @@ class RowReader:
             num_workers=1,
             prefetch_factor=self._ahead,
             pin_memory=self._pin,
-            timeout=self._limit_s,
+            timeout=_LOOK_EVERY_S,
             worker_init_fn=_serve_only_the_trainer,
             multiprocessing_context="fork",
         )
         before = set(multiprocessing.active_children())
+        handler = signal.getsignal(signal.SIGCHLD)
         self._source = iter(loader)
+        # Torch's handler would raise the reader's death in the midst of a step, far from who asks for rows.
+        signal.signal(signal.SIGCHLD, handler)
         (self._process,) = set(multiprocessing.active_children()) - before
 
     def _take(self, data_step: int) -> Rows:
         assert self._process is not None
-        pid = self.process_id
-        try:
-            return _checked(next(self._source))
-        except RuntimeError as error:
-            if self._process.is_alive():
-                code, what = EXIT_HANG, f"gave no answer for {self._limit_s:g} s"
-                fix = "look at the storage of data.path, and start again; watchdog.limit_s sets the limit"
+        began = time.monotonic()
+        while True:
+            try:
+                rows = next(self._source)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not isinstance(error, RuntimeError):
+                    self._process.join(_LOOK_EVERY_S)  # its pipe breaks before it is gone
+                if not self._process.is_alive():
+                    what = f"died with exit code {self._process.exitcode}"
+                    fix = "look for an out-of-memory kill, and start again"
+                    raise self._failure(EXIT_RANK_DIED, what, data_step, fix) from error
+                if not isinstance(error, RuntimeError):
+                    raise
+                if 0 < self._limit_s <= time.monotonic() - began:
+                    what = f"gave no answer for {self._limit_s:g} s"
+                    fix = "look at the storage of data.path, and start again; watchdog.limit_s sets the limit"
+                    raise self._failure(EXIT_HANG, what, data_step, fix) from error
             else:
-                code, what = EXIT_RANK_DIED, f"died with exit code {self._process.exitcode}"
-                fix = "look for an out-of-memory kill, and start again"
-            self.close()
-            who = f"the reader of rank {os.environ.get('RANK', '0')} (process {pid})"
-            raise RunError(code, f"data.prefetch: {who} {what} at data step {data_step}. Fix: {fix}") from error
+                return _checked(rows)
+
+    def _failure(self, code: int, what: str, data_step: int, fix: str) -> RunError:
+        who = f"the reader of rank {os.environ.get('RANK', '0')} (process {self.process_id})"
+        self.close()
+        return RunError(code, f"data.prefetch: {who} {what} at data step {data_step}. Fix: {fix}")
 
 
 class _Steps(Dataset[Rows | DataError]):
