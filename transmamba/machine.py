@@ -17,6 +17,11 @@ Precision = Literal["fp32", "bf16"]
 _PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
+def has_gpu() -> bool:
+    """Whether there is a device that the Triton kernels run on."""
+    return torch.cuda.is_available()
+
+
 def choose_threads(wanted: int | None, n_local_ranks: int = 1) -> tuple[int, str]:
     """CPU threads and the reason: cores that others leave free, because contended threads wait for each other."""
     cores = len(os.sched_getaffinity(0))

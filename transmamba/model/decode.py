@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from transmamba.kernels.attention.cached import attend_cached
+from transmamba.kernels.causal_conv import conv_step
 from transmamba.kernels.documents import Documents
 from transmamba.kernels.ssd import final_state, ssd_step
 from transmamba.model.attention import AttentionMixer
 from transmamba.model.layer import Layer
 from transmamba.model.mamba2 import Mamba2Mixer
 from transmamba.model.mixer import TransMambaMixer
-from transmamba.model.mixing import read_streams, rotate
+from transmamba.model.mixing import read_streams, rotate, split_streams
 from transmamba.model.model import Model
 
 
@@ -118,8 +119,9 @@ def _step_transmamba(
     assert cache.tail_BKC is not None and cache.state_BHNV is not None
     tokens, heads = mixer.project(x_1BD), mixer.per_head()
     pos_BT = torch.full((x_1BD.shape[1], 1), position, device=x_1BD.device)
-    read = read_streams(tokens, heads, pos_BT, mixer.options, tail_BKC=cache.tail_BKC)
-    cache.tail_BKC = torch.cat([cache.tail_BKC, tokens.qkv_BTC], dim=1)[:, 1:]
+    weights, activation = (heads.conv_weight_CK, heads.conv_bias_C), mixer.options.conv_activation
+    qkv_BC, cache.tail_BKC = conv_step(cache.tail_BKC, tokens.qkv_BTC[:, 0], *weights, activation=activation)
+    read = split_streams(qkv_BC[:, None], tokens.dt_BTH, heads, pos_BT, mixer.options)
     y_BHV, cache.state_BHNV = ssd_step(
         cache.state_BHNV,
         read.q_BTHN[:, 0],
@@ -148,9 +150,8 @@ def _step_attention(mixer: AttentionMixer, x_1BD: Tensor, cache: LayerCache, pos
 
 def _step_mamba2(mixer: Mamba2Mixer, x_1BD: Tensor, cache: LayerCache) -> Tensor:
     assert cache.tail_BKC is not None and cache.state_BHNV is not None
-    streams = mixer.xbc(x_1BD).transpose(0, 1)
-    read = mixer.read(streams, mixer.dt(x_1BD).transpose(0, 1), tail_BKC=cache.tail_BKC)
-    cache.tail_BKC = torch.cat([cache.tail_BKC, streams], dim=1)[:, 1:]
+    xbc_BC, cache.tail_BKC = conv_step(cache.tail_BKC, mixer.xbc(x_1BD)[0], mixer.conv.weight, mixer.conv.bias)
+    read = mixer.split(xbc_BC[:, None], mixer.dt(x_1BD).transpose(0, 1))
     y_BHV, cache.state_BHNV = ssd_step(
         cache.state_BHNV,
         read.c_BTGN[:, 0],

@@ -68,7 +68,7 @@ class Mamba2Mixer(nn.Module):
 
     def scan(self, xbc_BTC: Tensor, dt_BTH: Tensor, documents: Documents) -> Tensor:
         """Convolve and scan some heads of all tokens."""
-        read = self.read(xbc_BTC, dt_BTH, documents=documents)
+        read = self.read(xbc_BTC, dt_BTH, documents)
         y_BTHV, _ = ssd_scan(
             c_BTGN=read.c_BTGN,
             b_BTGN=read.b_BTGN,
@@ -91,14 +91,7 @@ class Mamba2Mixer(nn.Module):
         b, c = (shared[..., None, :].expand(*x.shape[:-1], -1) for shared in (b, c))
         return torch.cat((x, b, c), dim=-1).flatten(-3)
 
-    def read(
-        self,
-        xbc_BTC: Tensor,
-        dt_BTH: Tensor,
-        *,
-        documents: Documents | None = None,
-        tail_BKC: Tensor | None = None,
-    ) -> ScanReadings:
+    def read(self, xbc_BTC: Tensor, dt_BTH: Tensor, documents: Documents | None = None) -> ScanReadings:
         """Convolve and split."""
         xbc_BTC = causal_conv(
             xbc_BTC,
@@ -106,8 +99,11 @@ class Mamba2Mixer(nn.Module):
             self.shards.own_heads(self.copy_groups(self.conv.bias)),
             documents=documents,
             activation="silu",
-            tail_BKC=tail_BKC,
         )
+        return self.split(xbc_BTC, dt_BTH)
+
+    def split(self, xbc_BTC: Tensor, dt_BTH: Tensor) -> ScanReadings:
+        """The convolved streams by head and group."""
         sizes = [self.group_inner // self.copies, self.state, self.state]
         x_BTGI, b_BTGN, c_BTGN = xbc_BTC.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
         return ScanReadings(

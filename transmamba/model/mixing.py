@@ -57,11 +57,10 @@ def read_streams(
     options: MixOptions,
     *,
     documents: Documents | None = None,
-    tail_BKC: Tensor | None = None,
 ) -> Readings:
     """Convolve the shared streams and split them by head (paper eq. 1 and 3).
 
-    `pos_BT` is every token's offset in its document; `tail_BKC` holds the K - 1 rows before the first token.
+    `pos_BT` is every token's offset in its document.
     """
     qkv_BTC = causal_conv(
         tokens.qkv_BTC,
@@ -69,12 +68,16 @@ def read_streams(
         heads.conv_bias_C,
         documents=documents,
         activation=options.conv_activation,
-        tail_BKC=tail_BKC,
     )
+    return split_streams(qkv_BTC, tokens.dt_BTH, heads, pos_BT, options)
+
+
+def split_streams(qkv_BTC: Tensor, dt_BTH: Tensor, heads: HeadWeights, pos_BT: Tensor, options: MixOptions) -> Readings:
+    """The convolved streams by head."""
     q_BTHN, k_BTHN, v_BTHV = qkv_BTC.unflatten(-1, (-1, 3 * options.head_dim)).chunk(3, dim=-1)
     if options.rope == "both":
         q_BTHN, k_BTHN = (rope(x, pos_BT, options.rope_theta) for x in (q_BTHN, k_BTHN))
-    return Readings(q_BTHN, k_BTHN, v_BTHV, tokens.dt_BTH, heads.dt_bias_H, -heads.A_log_H.exp())
+    return Readings(q_BTHN, k_BTHN, v_BTHV, dt_BTH, heads.dt_bias_H, -heads.A_log_H.exp())
 
 
 def mix_tokens(
