@@ -1,4 +1,7 @@
-"""From the command line to a Config: Hydra composes, the schema decides, all problems are told at once."""
+"""From the command line to a Config: presets are merged as Hydra would, the schema decides, problems come together.
+
+Hydra itself takes 0.3 s to be loaded and to compose; a test holds every preset and override equal to what it says.
+"""
 
 import copy
 import difflib
@@ -8,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from transmamba import plain_yaml
@@ -104,11 +105,23 @@ def _read_file(path: Path, problems: list[Problem]) -> dict[str, Any]:
 
 @cache
 def _composed(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-        composed = compose("train", overrides=[f"{group}={name}" for group, name in choices])
-    values = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(values, dict)
-    return {str(name): value for name, value in values.items()}
+    """What Hydra composes: the presets of `train.yaml`, or the chosen ones, and its own values over them."""
+    values = plain_yaml.read(CONFIG_DIR / "train.yaml")
+    presets: dict[str, Any] = {}
+    for entry in values.pop("defaults"):
+        for group, name in entry.items() if isinstance(entry, dict) else ():
+            if group in groups():
+                presets[group] = plain_yaml.read(CONFIG_DIR / group / f"{dict(choices).get(group, name)}.yaml")
+    values.pop("hydra")
+    return _merged(presets, values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _apply(values: dict[str, Any], edits: dict[str, Any]) -> None:

@@ -64,7 +64,6 @@ class Section(BaseModel):
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
         protected_namespaces=(),
         # The whole tree is built once, at its first use, instead of every section by itself at import.
         defer_build=True,

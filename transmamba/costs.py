@@ -103,7 +103,7 @@ def layer_flops(model: ModelConfig, kind: LayerKind, point: int | float, shares:
     if kind == "mamba2":
         inner, heads, conv = mamba2_widths(model)
         projections = 2 * d * (inner + conv + heads) + 2 * inner * d + 2 * model.conv_width * conv
-        return ffn + projections + _scan_flops(heads, model.ssm_state, model.ssm_head_dim)
+        return ffn + projections + _scan_flops(heads, model.ssm_groups, model.ssm_state, model.ssm_head_dim)
     h, n = model.n_heads, head_width(model)
     attention = 4 * h * n * shares.attended(point)
     if kind == "transformer":
@@ -111,7 +111,7 @@ def layer_flops(model: ModelConfig, kind: LayerKind, point: int | float, shares:
     past = shares.past(point)
     projections = 10 * d * h * n + 2 * d * h + 2 * model.conv_width * 3 * h * n
     converter = 2 * h * n * n * (1 - past) if past > 0 else 0.0
-    return ffn + projections + attention + converter + past * _scan_flops(h, n, n)
+    return ffn + projections + attention + converter + past * _scan_flops(h, h, n, n)
 
 
 def logit_flops(model: ModelConfig, vocab_rows: int) -> int:
@@ -119,5 +119,6 @@ def logit_flops(model: ModelConfig, vocab_rows: int) -> int:
     return 2 * model.d_model * vocab_rows
 
 
-def _scan_flops(heads: int, key_width: int, value_width: int) -> float:
-    return 2 * heads * CHUNK * (key_width + value_width) + 4 * heads * key_width * value_width
+def _scan_flops(heads: int, groups: int, key_width: int, value_width: int) -> float:
+    """Scores of a chunk once per group, which its heads share; the rest by head."""
+    return 2 * CHUNK * (groups * key_width + heads * value_width) + 4 * heads * key_width * value_width

@@ -5,20 +5,19 @@ import re
 from collections.abc import Iterator
 from functools import reduce
 from operator import getitem
-from typing import Any
-
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from transmamba.config import Config
 from transmamba.errors import Problem, looks_secret
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # A shared file must not read credentials from the environment into a configuration that is stored and logged.
 _ENVIRONMENT = re.compile(r"USER|HOME|SCRATCH|TMPDIR|SLURM_\w+")
 _ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")
 _ENV_REFERENCE = re.compile(r"\$\{oc\.env:([^},$]*)(,[^{}$]*)?\}")
 _KEY_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
-_BAD_VALUE = (OmegaConfBaseException, KeyError, TypeError, ValueError, RecursionError)
 Path = tuple[Any, ...]
 
 
@@ -46,6 +45,10 @@ def resolve(values: dict[str, Any], problems: list[Problem]) -> None:
             _put(values, path, None)
             if has_references:
                 _put(readable, path, None)
+    if not pending:
+        return
+    from omegaconf import OmegaConf  # a tenth of a second, which most configurations need not wait for
+
     root = OmegaConf.create(readable)
     for path, text, key in pending:
         problem = _replace(key, text, values, root, path)
@@ -75,6 +78,9 @@ def _over_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 def _refusal(key: str, text: str, every_key: dict[str, Any]) -> Problem | None:
     """What is wrong with the references of one text before any is read."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     unread = Problem(
         key, "an interpolation that is not read", text, "write plain values, ${section.key} or ${oc.env:NAME}"
     )
@@ -102,12 +108,15 @@ def _refusal(key: str, text: str, every_key: dict[str, Any]) -> Problem | None:
     return None
 
 
-def _replace(key: str, text: str, values: dict[str, Any], root: DictConfig, path: Path) -> Problem | None:
+def _replace(key: str, text: str, values: dict[str, Any], root: "DictConfig", path: Path) -> Problem | None:
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         value = reduce(getitem, path, root)
         if isinstance(value, (DictConfig, ListConfig)):
             value = OmegaConf.to_container(value, resolve=True)
-    except _BAD_VALUE:
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError, RecursionError):
         unset = next((match[1] for match in _ENV_REFERENCE.finditer(text)), None)
         what = "a key that does not exist" if unset is None else "an environment variable that is not set"
         missing = unset or ", ".join(_KEY_REFERENCE.findall(text))

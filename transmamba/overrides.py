@@ -5,20 +5,49 @@ import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from typing import TYPE_CHECKING, Any
 
 from transmamba.errors import Problem
 from transmamba.keys import known_leaf, leaves, sections, suggest
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Override
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 # The value of a key that goes back to its default.
 DELETED = object()
 _MAX_OVERRIDES = 1000
 _MAX_LENGTH = 20_000
+# Most arguments: a key and a word, a number or one with a unit. Hydra's grammar reads them alike, but takes a fifth
+# of a second to be loaded, so it is only asked about the others.
+_PLAIN = re.compile(
+    r"(?P<key>[a-z][a-z_]*(?:\.[a-z][a-z0-9_]*)*)="
+    r"(?P<value>[A-Za-z_][A-Za-z0-9_]*|-?(?:0|[1-9][0-9]{0,17})(?P<fraction>\.[0-9]{1,18})?(?P<unit>[kKmMbBgGtTsShHdD])?)"
+)
+_WORDS = {"true": True, "false": False, "null": None}
+_NUMBERS = ("inf", "nan")
+
+
+@dataclass(frozen=True, slots=True)
+class PlainOverride:
+    """A key and a single value."""
+
+    key_or_group: str
+    only: str | int | float | bool | None
+    package: None = None
+
+    def is_delete(self) -> bool:
+        """A plain value is set, not deleted."""
+        return False
+
+    def is_sweep_override(self) -> bool:
+        """A plain value is one value."""
+        return False
+
+    def value(self) -> str | int | float | bool | None:
+        """As YAML would have it."""
+        return self.only
 
 
 @dataclass(slots=True)
@@ -98,11 +127,33 @@ def _split(argv: list[str], found: Overrides, problems: list[Problem]) -> list[s
 
 
 @cache
-def _parser() -> OverridesParser:
+def _parser() -> "OverridesParser":
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     return OverridesParser.create()
 
 
-def _parse(text: str, problems: list[Problem]) -> Override | None:
+def parse_plain(text: str) -> PlainOverride | None:
+    """Read a key with a word, a number or a number with a unit; None for everything else, which is Hydra's."""
+    match = _PLAIN.fullmatch(text)
+    if match is None or match["value"].lower() in _NUMBERS:
+        return None
+    value = match["value"]
+    if value.lower() in _WORDS:
+        return PlainOverride(match["key"], _WORDS[value.lower()])
+    if value.lstrip("-")[0].isdigit() and not match["unit"]:
+        return PlainOverride(match["key"], float(value) if match["fraction"] else int(value))
+    return PlainOverride(match["key"], value)
+
+
+def _parse(text: str, problems: list[Problem]) -> "Override | PlainOverride | None":
+    plain = parse_plain(text)
+    return _parse_by_hydra(text, problems) if plain is None else plain
+
+
+def _parse_by_hydra(text: str, problems: list[Problem]) -> "Override | None":
+    from hydra.errors import HydraException
+
     key = text.partition("=")[0].lstrip("+~")
     form = "write key=value; put a value with spaces, '=' or brackets in quotes: 'key=\"a=b\"'"
     if len(text) > _MAX_LENGTH or "\0" in text:
@@ -122,7 +173,7 @@ def _parse(text: str, problems: list[Problem]) -> Override | None:
     return None
 
 
-def _sort(override: Override, text: str, found: Overrides, problems: list[Problem]) -> None:
+def _sort(override: "Override | PlainOverride", text: str, found: Overrides, problems: list[Problem]) -> None:
     """File one override under group choices or value edits, or add the problem it has."""
     key = override.key_or_group
     shown = text.partition("=")[2] or text
@@ -130,7 +181,7 @@ def _sort(override: Override, text: str, found: Overrides, problems: list[Proble
     if earlier != text:
         problems.append(Problem(key, "given twice with different values", f"{earlier} and {text}", "keep one"))
     elif key.split(".")[0].split("/")[0] == "hydra":
-        problems.append(Problem(key, "Hydra's own settings cannot be overridden", shown, "remove it"))
+        problems.append(Problem(key, "Hydra's own settings are for several runs", shown, "remove it, or add -m"))
     elif "_target_" in text:
         fix = "remove it; no object is started by name, only listed options such as optim.schedule=wsd"
         problems.append(Problem(key, "_target_ is not read", shown, fix))

@@ -1,13 +1,11 @@
 """What a run will be: layers, TransPoints, parameters and FLOPs, as numbers and as a picture."""
 
-import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from transmamba.config import Config, padded_vocab, tokens_per_step, total_steps
+from transmamba.config import Config, head_width, padded_vocab, tokens_per_step, total_steps
 from transmamba.costs import (
     BUILT_IN_VOCAB,
     FLOP_CONVENTION,
@@ -32,6 +30,7 @@ _RARE_SHARE = 0.01
 # Columns that the numbers beside the bars take.
 _NUMBERS_WIDTH = 46
 _ATTENTION, _SCAN = "█", "·"
+FULL_ATTENTION = "the same, but the whole square of attention, as NVIDIA's 12 h s has it (causal half: 6 h s)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Numbers of a run. FLOPs are per token and follow `flop_convention`."""
+    """Numbers of a run. FLOPs are per token and follow `flop_convention`, unless their name says otherwise."""
 
     layers: tuple[LayerPlan, ...]
     seq_len: int
@@ -57,6 +56,8 @@ class Plan:
     forward_flops_per_token: float
     training_flops_per_token: float
     flop_convention: str
+    training_flops_per_token_full_attention: float
+    full_attention_convention: str
     tokens: int
     steps: int
     tokens_per_step: int
@@ -80,11 +81,7 @@ def make_plan(config: Config, corpus: "Corpus | None" = None, world_size: int = 
     Raises:
         ValueError: the layer pattern or the schedule cannot be read (see `transpoint`).
     """
-    model, seq_len = config.model, config.data.seq_len
-    shares = whole_windows(seq_len)
-    if corpus is not None and config.data.document_mask:
-        shares = packed_documents(corpus.lengths(config), seq_len)
-    rows = padded_vocab(model.vocab_size or (corpus.vocab_size if corpus else BUILT_IN_VOCAB))
+    model, shares, rows = config.model, token_shares(config, corpus), vocab_rows(config, corpus)
     layers = tuple(
         LayerPlan(
             kind=kind,
@@ -98,16 +95,19 @@ def make_plan(config: Config, corpus: "Corpus | None" = None, world_size: int = 
     embeddings = embedding_parameters(model, rows)
     costs, head_cost = [layer.forward_flops_per_token for layer in layers], logit_flops(model, rows)
     forward = math.fsum(costs) + head_cost
+    other_half = math.fsum(_other_half_flops(config, layer, shares) for layer in layers)
     steps = total_steps(config)
     return Plan(
         layers=layers,
-        seq_len=seq_len,
+        seq_len=config.data.seq_len,
         vocab_rows=rows,
         parameters=sum(layer.parameters for layer in layers) + embeddings + model.d_model,
         embedding_parameters=embeddings,
         forward_flops_per_token=forward,
         training_flops_per_token=TRAINING_OVER_FORWARD * forward,
         flop_convention=FLOP_CONVENTION,
+        training_flops_per_token_full_attention=TRAINING_OVER_FORWARD * (forward + other_half),
+        full_attention_convention=FULL_ATTENTION,
         tokens=steps * tokens_per_step(config),
         steps=steps,
         tokens_per_step=tokens_per_step(config),
@@ -145,37 +145,26 @@ def print_plan(plan: Plan, console: "Console") -> None:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
 
 
-def run_plan(overrides: Sequence[str], as_json: bool) -> int:
-    """Print the plan of a configuration; trains nothing and creates nothing. Returns the exit code."""
-    import os
+def token_shares(config: Config, corpus: "Corpus | None") -> PositionShares:
+    """How tokens spread over their offsets: as the corpus has it where documents are masked, else whole windows."""
+    if corpus is not None and config.data.document_mask:
+        return packed_documents(corpus.lengths(config), config.data.seq_len)
+    return whole_windows(config.data.seq_len)
 
-    from rich.console import Console
 
-    from transmamba.compose import load
-    from transmamba.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
-    from transmamba.validate import validate
+def vocab_rows(config: Config, corpus: "Corpus | None") -> int:
+    """Rows of the embedding."""
+    return padded_vocab(config.model.vocab_size or (corpus.vocab_size if corpus else BUILT_IN_VOCAB))
 
-    try:
-        config = load(list(overrides))
-        # Without a launcher the layout says how many ranks there are.
-        parallel = config.parallel
-        ranks = {"WORLD_SIZE": str(parallel.tp * parallel.pp * parallel.cp), "RANK": "0"}
-        environ = os.environ if "WORLD_SIZE" in os.environ else {**os.environ, **ranks}
-        validate(config, environ)
-    except ConfigError as error:
-        print("\n".join(error.lines()), file=sys.stderr)
-        return EXIT_CONFIG
-    corpus = None
-    if config.data.path is not None or config.data.sources:
-        from transmamba.corpus import open_corpus
 
-        corpus = open_corpus(config)
-    plan = make_plan(config, corpus, int(environ["WORLD_SIZE"]))
-    if as_json:
-        print(json.dumps(plan.as_dict(), indent=1))
-    else:
-        print_plan(plan, Console())
-    return EXIT_DONE
+def _other_half_flops(config: Config, layer: LayerPlan, shares: PositionShares) -> float:
+    """Forward FLOPs per token of the half of attention's square that causal attention leaves out."""
+    if layer.kind == "mamba2":
+        return 0.0
+    point = math.inf if layer.point is None else layer.point
+    # A token that attends to k keys belongs to a square of 2 k - 1 on average, the diagonal being there once.
+    left_out = shares.attended(point) - (1 - shares.past(point))
+    return 4 * config.model.n_heads * head_width(config.model) * left_out
 
 
 def _warnings(layers: Sequence[LayerPlan], shares: PositionShares) -> tuple[str, ...]:
@@ -197,6 +186,7 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         ("FLOPs/token", f"{_short(plan.training_flops_per_token)} training, "
                         f"{_short(plan.forward_flops_per_token)} forward"),
         ("counted as", plan.flop_convention),
+        ("", f"{_short(plan.training_flops_per_token_full_attention)} training with the whole square of attention"),
     ]  # fmt: skip
 
 

@@ -52,8 +52,13 @@ def parallel_plan(
         n_vocab_rows: rows of the embedding.
         world_size: a multiple of tp x pp x cp.
     """
-    if world_size == 1:
-        return None
+    return None if world_size == 1 else plan_stages(config, layer_costs, head_cost, n_vocab_rows, world_size)
+
+
+def plan_stages(
+    config: Config, layer_costs: Sequence[float], head_cost: float, n_vocab_rows: int, world_size: int
+) -> ParallelPlan:
+    """The same, also for a single rank; arguments as in `parallel_plan`."""
     parallel, train = config.parallel, config.train
     precision = config.precision or ("bf16" if config.zero.stage else "fp32")
     config = config.model_copy(update={"precision": precision})
@@ -87,8 +92,8 @@ def print_parallel(plan: ParallelPlan, console: "Console") -> None:
     for name in ("stage", "layers", "cost", *groups, *asdict(plan.stages[0].memory)):
         table.add_column(_SHORT.get(name, name), justify="right", no_wrap=True)
     for number, stage in enumerate(plan.stages):
-        sent = [_bytes(stage.sent.get(group, 0)) for group in groups]
-        held = [_bytes(size) for size in asdict(stage.memory).values()]
+        sent = [short_bytes(stage.sent.get(group, 0)) for group in groups]
+        held = [short_bytes(size) for size in asdict(stage.memory).values()]
         table.add_row(str(number), _ranges(stage.layers), f"{stage.cost_share:.1%}", *sent, *held)
     console.print(table)
 
@@ -100,7 +105,8 @@ def _ranges(layers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _bytes(size: int) -> str:
+def short_bytes(size: int) -> str:
+    """A size with its unit, in three digits."""
     for scale, unit in _UNITS:
         if size >= scale:
             return f"{size / scale:.3g}{unit}"

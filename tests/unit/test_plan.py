@@ -11,7 +11,8 @@ from transmamba.compose import load
 from transmamba.config import Config, padded_vocab
 from transmamba.costs import PositionShares, layer_flops, packed_documents, whole_windows
 from transmamba.errors import EXIT_CONFIG, EXIT_DONE
-from transmamba.plan import make_plan, print_plan, run_plan
+from transmamba.plan import make_plan, print_plan
+from transmamba.planning.answer import run_plan
 
 
 def simulated(lengths: list[int], seq_len: int) -> list[float]:
