@@ -13,7 +13,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(BIN)/pip check --disable-pip-version-check >/dev/null
 	@touch $@
 
-.PHONY: setup train test test-long lint bench gpu-kernels
+.PHONY: setup train test test-long lint bench gpu-kernels gpu-layer gpu-model
 setup: $(VENV)/.ready
 
 train: setup
@@ -34,6 +34,13 @@ lint: setup
 gpu-kernels: setup
 	@$(BIN)/transmamba doctor --kernels
 	@$(BIN)/transmamba bench kernels --budget-s 360 $(PEERS)
+
+# Layers and whole models of the 1.5B preset; each goes on where it was stopped.
+gpu-layer: setup
+	@$(BIN)/transmamba bench layer --budget-s 480
+
+gpu-model: setup
+	@$(BIN)/transmamba bench model --budget-s 480
 
 bench: setup
 	@$(BIN)/transmamba bench kernels

@@ -19,7 +19,7 @@ from transmamba.checkpoints_tools.hf_compare import FORMS, Comparison, compare
 from transmamba.checkpoints_tools.hf_export import check_free, load_exported
 from transmamba.checkpoints_tools.hf_source import KINDS, Source, open_source
 from transmamba.compose import load, to_yaml
-from transmamba.config import Config
+from transmamba.config import Config, tokens_per_step
 from transmamba.corpus import Corpus, open_corpus
 from transmamba.data_pipeline.publish import publish_folder
 from transmamba.data_pipeline.tokenizer import load_tokenizer
@@ -95,7 +95,8 @@ def save_start(folder: Path, config: Config, model: Model, data: dict[str, Any],
     """
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     one: Any = SimpleNamespace(world_size=1)  # all that the record needs to know of the ranks
-    checkpoint.save(folder / "checkpoints", step, _pieces(model), resume.record(config, step, data, one))
+    record = resume.record(config, step, data, one, tokens_seen=step * tokens_per_step(config))
+    checkpoint.save(folder / "checkpoints", step, _pieces(model), record)
 
 
 def _pieces(model: Model) -> Iterator[Piece]:

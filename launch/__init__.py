@@ -1,1 +1,1 @@
-"""Starting runs: imports `transmamba.config` and `transmamba.plan` only, so that it works on a login node."""
+"""Starting runs: on this machine, on Slurm, and many of them as a sweep. Works on a login node: imports no torch."""

@@ -9,6 +9,10 @@ from transmamba.answer import answer
 from transmamba.cli_checkpoint import checkpoint
 from transmamba.cli_convert import add_conversions
 from transmamba.cli_data import data
+from transmamba.cli_launch import launch
+from transmamba.cli_plan import plan
+from transmamba.cli_runs import runs
+from transmamba.cli_sweep import sweep
 from transmamba.train import wait_politely
 
 app = typer.Typer(
@@ -17,24 +21,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-runs = typer.Typer(help="Look at runs.", no_args_is_help=True)
 bench = typer.Typer(help="Measure, after checking that the numbers are right.", no_args_is_help=True)
 app.add_typer(data, name="data")
 add_conversions(checkpoint)
+app.command()(plan)
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(launch, name="launch")
+app.add_typer(sweep, name="sweep")
 app.add_typer(runs, name="runs")
 app.add_typer(bench, name="bench")
 
 RunDir = Annotated[Path, typer.Argument(help="A run folder")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value and group=choice, as for training")]
-
-
-@app.command()
-def plan(overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Print parameters, FLOPs and the TransPoints of a configuration; trains nothing."""
-    from transmamba.plan import run_plan
-
-    raise typer.Exit(run_plan(overrides or [], as_json))
 
 
 @app.command()
@@ -42,11 +39,14 @@ def doctor(
     kernels: Annotated[bool, typer.Option("--kernels", help="Check every GPU kernel against float64")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     run_dir: Annotated[Path, typer.Option(help="Where runs will be written")] = Path("runs"),
+    network: Annotated[
+        bool, typer.Option("--network", help="Under torchrun or srun: look at the network between the ranks")
+    ] = False,
 ) -> None:
     """Say what this machine can do and what is missing; exit 1 with warnings, 2 when a run would not work."""
     from transmamba.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(kernels, as_json, run_dir))
+    raise typer.Exit(run_doctor(kernels, as_json, run_dir, network))
 
 
 @app.command()
@@ -101,17 +101,6 @@ def evaluate(
     answer(run)
 
 
-@runs.command()
-def compare(
-    run_dirs: Annotated[list[Path], typer.Argument(help="Run folders; the others are compared with the first")],
-    out: Annotated[Path, typer.Option(help="The picture")] = Path("compare.png"),
-) -> None:
-    """Draw the losses of several runs over each other, and say how far apart they are."""
-    from transmamba.plot import compare_losses
-
-    answer(lambda: print("\n".join([*compare_losses(run_dirs, out), f"drawn to {out}"])))
-
-
 Budget = Annotated[float, typer.Option(min=1, help="Seconds after which no new row is started")]
 Results = Annotated[Path, typer.Option(help="Folder for the JSON")]
 
@@ -141,6 +130,43 @@ def bench_step(budget_s: Budget = 300, out: Results = Path("benchmarks/results")
     from transmamba.bench_step import bench_step as measure
 
     raise typer.Exit(measure(budget_s, out))
+
+
+Lengths = Annotated[list[int] | None, typer.Option("--length", help="Tokens per window; may be repeated")]
+
+
+@bench.command("layer")
+def bench_layer(
+    budget_s: Budget = 480,
+    preset: Annotated[str | None, typer.Option(help="Model preset; 1_5b on a GPU, else tiny")] = None,
+    lengths: Lengths = None,
+    out: Results = Path("benchmarks/results"),
+) -> None:
+    """Layers of every kind, and TransMamba's at many TransPoints, beside what the kernels predict."""
+    from transmamba.bench_layer import bench_layer as measure
+    from transmamba.machine import has_gpu
+
+    large = has_gpu()
+    lengths = lengths or ([2048, 8192, 32_768] if large else [512, 2048])
+    raise typer.Exit(measure(budget_s, out, preset or ("1_5b" if large else "tiny"), lengths, max(lengths)))
+
+
+@bench.command("model")
+def bench_model(
+    budget_s: Budget = 480,
+    preset: Annotated[str | None, typer.Option(help="Model preset; 1_5b on a GPU, else tiny")] = None,
+    lengths: Lengths = None,
+    vocabulary: Annotated[int | None, typer.Option(min=1, help="Rows of the embedding")] = None,
+    out: Results = Path("benchmarks/results"),
+) -> None:
+    """Training steps of equal-size models of every kind, and decoding at several contexts."""
+    from transmamba.bench_model import bench_model as measure
+    from transmamba.machine import has_gpu
+
+    large = has_gpu()
+    lengths = lengths or ([8192, 32_768] if large else [256, 1024])
+    rows = vocabulary or (50_304 if large else 2048)
+    raise typer.Exit(measure(budget_s, out, preset or ("1_5b" if large else "tiny"), lengths, rows))
 
 
 @bench.command()

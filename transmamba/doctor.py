@@ -8,55 +8,44 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+
+from transmamba.doctor_finding import EXIT_CODES, GIB, Finding
+from transmamba.doctor_parity import parity_finding
+from transmamba.doctor_parts import installed, part_findings
+from transmamba.doctor_ranks import local_finding
+from transmamba.doctor_system import system_findings
 
 if TYPE_CHECKING:
     import torch
 
     from transmamba.kernels.cases import Case, Shape
 
-Verdict = Literal["ok", "optional", "warning", "fatal"]
-EXIT_CODES = {"ok": 0, "optional": 0, "warning": 1, "fatal": 2}
-GIB = 2**30
 # Less than this, and a default run may stop in the middle: at its memory, or at its first checkpoints.
 MIN_MEMORY, MIN_DISK = 2 * GIB, 5 * GIB
 ENGINES = ("torch", "triton", "deepspeed", "megatron-core")
-OPTIONAL = {
-    "wandb": "curves on wandb.ai besides metrics.jsonl",
-    "transformers": "benchmarks and parity tests against published layers",
-    "flash-linear-attention": "a peer of the kernels' benchmarks",
-    "mamba-ssm": "a peer of the kernels' benchmarks",
-}
 NO_DEVICE = (
     "kernels were not checked: no CUDA device here. Without one, `make test` runs them in Triton's interpreter "
     "and compiles them for sm_90."
 )
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, what was found, how good that is and what to do about it."""
-
-    check: str
-    value: str
-    verdict: Verdict = "ok"
-    fix: str = ""
-
-
-def run_doctor(kernels: bool, as_json: bool, run_dir: Path) -> int:
+def run_doctor(kernels: bool, as_json: bool, run_dir: Path, network: bool = False) -> int:
     """Look at the machine, or check the kernels on it; prints a table.
 
     Args:
         kernels: check every kernel on the GPU instead.
+        network: as one of the ranks of a job, look only at the network between them.
         as_json: print a list of objects instead of a table.
         run_dir: where runs will be written.
 
@@ -64,6 +53,10 @@ def run_doctor(kernels: bool, as_json: bool, run_dir: Path) -> int:
         0 when all is well, 1 with warnings (also when there is no GPU to check kernels on), 2 when something
         would keep a run from working.
     """
+    if network:
+        from transmamba.doctor_ranks import main
+
+        return main(["--json"] if as_json else [])
     if kernels:
         import torch
 
@@ -88,16 +81,19 @@ def run_doctor(kernels: bool, as_json: bool, run_dir: Path) -> int:
 
 
 def machine_findings(run_dir: Path) -> Iterator[Finding]:
-    """What a run would meet here: versions, device, threads, memory, disk and optional parts."""
+    """What a run would meet here: versions, device, memory, storage, limits, optional parts; then two self-tests."""
     yield from version_findings()
     yield from device_findings()
     yield memory_finding()
     yield disk_finding(run_dir)
-    for name, use in OPTIONAL.items():
-        found = _version(name)
-        yield (
-            Finding(name, f"{found}: {use}") if found else Finding(name, "absent", "optional", f"install it for {use}")
-        )
+    yield from system_findings(run_dir)
+    yield from part_findings()
+    try:
+        yield parity_finding()
+    except (ImportError, OSError) as error:  # told above, with what to do
+        yield Finding("self-test", f"cannot run: {error}", "fatal", "put right what is fatal above")
+    else:
+        yield local_finding()
 
 
 def version_findings() -> Iterator[Finding]:
@@ -121,7 +117,7 @@ def version_findings() -> Iterator[Finding]:
 
 def version_finding(requirement: Requirement) -> Finding:
     """Whether one requirement is there, in its range."""
-    found, install = _version(requirement.name), f"pip install '{requirement}'"
+    found, install = installed(requirement.name), f"pip install '{requirement}'"
     if found is None:
         return Finding(requirement.name, "missing", "fatal", install)
     if not requirement.specifier.contains(found, prereleases=True):
@@ -250,19 +246,10 @@ def _gpu_findings(torch: Any) -> Iterator[Finding]:
         yield Finding("device", value, "warning", "the kernels are made for sm_80 and newer: run `--kernels`")
     else:
         yield Finding("device", value)
-    if not any(map(shutil.which, ("gcc", "cc", "clang"))):
-        yield Finding("C compiler", "none", "fatal", "install gcc: Triton builds its launcher with it")
 
 
 def _applies(requirement: Requirement) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _number(file: Path) -> int | None:
@@ -278,5 +265,5 @@ def _table(found: list[Finding], last_column: str) -> Table:
     colours = {"ok": "green", "optional": "dim", "warning": "yellow", "fatal": "red"}
     for finding in found:
         verdict = f"[{colours[finding.verdict]}]{finding.verdict}[/]"
-        table.add_row(finding.check, finding.value, verdict, finding.fix)
+        table.add_row(finding.check, escape(finding.value), verdict, escape(finding.fix))
     return table

@@ -18,11 +18,14 @@ from collections import deque
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 VERDICT = "verdict.json"
 _TICK_S = 0.2
 _MIN_STEP_LIMIT_S, _OTHER_LIMIT_S, _TIMES_MEDIAN = 60.0, 600.0, 10.0
+# In the innermost frames of a rank that waits for others: it is rarely the one that hangs.
+WAITING = ("torch/distributed/", "deepspeed/comm/", "p2p_communication")
 
 # What a rank is doing; each phase has its own limit.
 Phase = IntEnum("Phase", ["SETUP", "STEP", "SAVE", "VALIDATE", "DONE"], start=0)
@@ -40,6 +43,9 @@ class Word(IntEnum):
     BEAT = 6  # when the rank last gave a sign of life
     LEFT = 7  # when it gave up, or its interpreter began to end; 0 while it works
     ORDER = 8  # the exit code that the watchdog tells it to leave with
+    SAMPLES = 9  # how often the rank looked at itself within steps
+    WAITS = 10  # how often it then was waiting for others
+    REASON = 11  # the exit code that it leaves with for a reason of its own, which is then the job's; else 0
 
 
 class Heartbeat:
@@ -64,12 +70,16 @@ class Heartbeat:
         page = self._page
         page[Word.STEP], page[Word.PHASE], page[Word.BEAT] = step, phase, time.monotonic_ns()
 
-    def leave(self) -> None:
+    def leave(self, reason: int = 0) -> None:
         """Say that this rank gives up, before its peers can notice; the end of the interpreter says it, too.
 
         The first one to leave has the error; the others only lost their peer.
+
+        Args:
+            reason: exit code of an error that explains itself, such as damaged data; 0 for all others.
         """
         if not self._closing.is_set() and os.getpid() == self._pid and not self._page[Word.LEFT]:
+            self._page[Word.REASON] = reason
             self._page[Word.LEFT] = time.monotonic_ns()
 
     def done(self) -> None:
@@ -92,6 +102,9 @@ class Heartbeat:
         while not self._closing.wait(_TICK_S):
             if self._page[Word.ORDER]:
                 os._exit(self._page[Word.ORDER])
+            if self._page[Word.PHASE] == Phase.STEP:
+                self._page[Word.SAMPLES] += 1
+                self._page[Word.WAITS] += _waits_for_others()
 
 
 def start(folder: Path, rank: int, world_size: int, limit_s: float | None = None) -> Heartbeat:
@@ -158,7 +171,22 @@ class Pulse:
         """Last phase and step, the age of the last heartbeat and its limit, and when the interpreter began to end."""
         age_s, phase = (time.monotonic_ns() - self.beat[2]) / 1e9, Phase(self.beat[1]).name.lower()
         about = {"rank": self.number, "phase": phase, "step": self.beat[0], "age_s": round(age_s, 2)}
-        return about | {"limit_s": round(self.limit_s(given_s), 2), "left_ns": self.page[Word.LEFT]}
+        about |= {"limit_s": round(self.limit_s(given_s), 2), "left_ns": self.page[Word.LEFT]}
+        return about | {"reason": self.page[Word.REASON]}
+
+
+def _waits_for_others() -> bool:
+    """Whether a thread of this process is in an exchange between ranks, by its innermost three frames."""
+    me = threading.get_ident()
+    for thread, innermost in sys._current_frames().items():
+        frame: FrameType | None = innermost
+        for _ in range(3):
+            if frame is None or thread == me:
+                break
+            if any(mark in frame.f_code.co_filename for mark in WAITING):
+                return True
+            frame = frame.f_back
+    return False
 
 
 def page_path(folder: Path, rank: int) -> Path:
@@ -174,7 +202,7 @@ def stacks_path(folder: Path, rank: int) -> Path:
 def create_page(path: Path) -> memoryview:
     """A new page of this process in the place of any former one, which others may still have mapped."""
     pid, created_ns = os.getpid(), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    words = [pid, process_state(pid)[1], boot(), created_ns, 0, Phase.SETUP, time.monotonic_ns(), 0, 0]
+    words = [pid, process_state(pid)[1], boot(), created_ns, 0, Phase.SETUP, time.monotonic_ns(), 0, 0, 0, 0, 0]
     temporary = path.with_name(f".{path.name}.{pid}")
     temporary.write_bytes(array("q", words).tobytes())
     page = open_page(temporary)

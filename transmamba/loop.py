@@ -126,7 +126,7 @@ def save(run: Run, step: int, saver: Saver, *, is_last: bool) -> None:
         "eod_id": run.corpus.first.eod_id,
     }
     pieces = resume.pieces(run.chunks, run.optimizer, step, run.topology)
-    saver.begin(step, pieces, resume.record(run.config, step, data, run.topology))
+    saver.begin(step, pieces, resume.record(run.config, step, data, run.topology, run.tokens_at(step)))
     if is_last:
         saver.finish_last()
 
@@ -144,7 +144,7 @@ class _Meter:
     def __init__(self, run: Run, flops_per_token: float, first: int):
         from transmamba.machine import peak_flops
 
-        self._tokens_per_step = tokens_per_step(run.config)
+        self._run, self._tokens_per_step = run, tokens_per_step(run.config)
         self._flops_per_token = flops_per_token
         self._peak = peak_flops(run.topology.device)
         self._world_size = run.topology.world_size
@@ -159,7 +159,7 @@ class _Meter:
         mfu = None if self._peak is None else rate * self._flops_per_token / (self._peak * self._world_size)
         return {
             "step": done.step,
-            "tokens": done.step * self._tokens_per_step,
+            "tokens": self._run.tokens_at(done.step),
             "loss": done.loss,
             "grad_norm": done.grad_norm,
             "lr": done.lr,

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from transmamba.config import WandbConfig
+from transmamba.wandb_key import settled_mode
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+_BLOCK_BYTES = 1 << 16
 
 
 class Journal:
@@ -46,10 +49,11 @@ class WandbFeed:
 
     def __init__(self, folder: Path, config: WandbConfig):
         self._process: subprocess.Popen[bytes] | None = None
-        if config.mode == "disabled":
+        mode = settled_mode(config, os.environ)
+        if mode == "disabled":
             return
         log = (folder / "logs" / "wandb.log").open("ab")
-        command = [sys.executable, "-m", "transmamba.wandb_feed", str(folder), config.mode, config.project]
+        command = [sys.executable, "-m", "transmamba.wandb_feed", str(folder), mode, config.project]
         self._process = subprocess.Popen(
             [*command, config.group or ""],
             stdin=subprocess.PIPE,
@@ -83,6 +87,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
+
+
+def newest_first(path: Path) -> Iterator[bytes]:
+    """The whole lines of a file from the last to the first, read from its end as far as they are asked for."""
+    with path.open("rb") as file:
+        begin, rest = file.seek(0, os.SEEK_END), b""
+        while begin:
+            n_bytes = min(begin, _BLOCK_BYTES)
+            begin = file.seek(begin - n_bytes)
+            first, *lines = (file.read(n_bytes) + rest).split(b"\n")
+            rest = first
+            yield from reversed(lines)
+        yield rest
 
 
 def _append(path: Path) -> TextIO:

@@ -1,10 +1,15 @@
-"""Pictures of losses: loss.png of one run, and several runs in one picture."""
+"""Pictures of what runs recorded: loss.png of one run, and several runs in one picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from transmamba.errors import ConfigError, Problem
 from transmamba.metrics import read_metrics
+
+_LABELS = {"loss": "loss (nats per token)", "validation": "validation loss (nats per token)",
+           "bits_per_byte": "bits per byte", "grad_norm": "gradient norm", "lr": "learning rate",
+           "tokens_per_s": "tokens per second", "step_s": "seconds per step", "mfu": "MFU"}  # fmt: skip
 
 
 def plot_loss(folder: Path) -> Path | None:
@@ -39,10 +44,11 @@ def compare_losses(folders: Sequence[Path], out: Path) -> list[str]:
         One line per run but the first: its largest and its last difference, in nats, over the steps both have.
 
     Raises:
-        ConfigError: a folder has no recorded step, or no step in common with the first.
+        ConfigError: a folder has no recorded step, or no step in common with the first; `out` is no picture's name.
     """
     from matplotlib.figure import Figure
 
+    _check_picture(out)
     runs = [{record["step"]: record["loss"] for record in read_metrics(folder)} for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         if not run.keys() & runs[0].keys():
@@ -68,6 +74,67 @@ def compare_losses(folders: Sequence[Path], out: Path) -> list[str]:
         axes.grid(alpha=0.3)
     figure.savefig(out, dpi=130)
     return lines
+
+
+def plot_runs(folders: Sequence[Path], x: Literal["step", "tokens", "time"], ys: Sequence[str], out: Path) -> None:
+    """Draw members of metrics.jsonl, one diagram below the other, every run in its own colour.
+
+    Args:
+        x: optimizer steps, tokens, or hours of training, those of former attempts included.
+        ys: members of a step's record; `validation` and `bits_per_byte` are of the first validation set.
+
+    Raises:
+        ConfigError: a run has none of the numbers of `ys`, or `out` is no picture's name.
+    """
+    from matplotlib.figure import Figure
+
+    _check_picture(out)
+    figure = Figure(figsize=(8, 3.2 * len(ys) + 0.8), layout="constrained")
+    diagrams = figure.subplots(len(ys), 1, sharex=True, squeeze=False)[:, 0]
+    for number, folder in enumerate(folders):
+        records = read_metrics(folder)
+        places = _hours(records) if x == "time" else [record[x] for record in records]
+        for axes, name in zip(diagrams, ys, strict=True):
+            points = [(place, value) for place, record in zip(places, records, strict=True)
+                      if (value := _value(record, name)) is not None]  # fmt: skip
+            if not points:
+                names = sorted(key for key in (records[-1] if records else {}) if _value(records[-1], key) is not None)
+                fix = f"choose among {', '.join([*names, 'bits_per_byte'])}" if names else "name a run with a step"
+                raise ConfigError([Problem("--y", f"{folder} has no such number", name, fix)])
+            marker = "o-" if name in ("validation", "bits_per_byte") else "-"
+            axes.plot(*zip(*points, strict=True), marker, color=f"C{number}", linewidth=1.2, markersize=4,
+                      label=folder.name)  # fmt: skip
+    for axes, name in zip(diagrams, ys, strict=True):
+        axes.set(ylabel=_LABELS.get(name, name))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    diagrams[-1].set(xlabel={"time": "hours of training"}.get(x, x))
+    figure.savefig(out, dpi=130)
+
+
+def _value(record: dict[str, Any], name: str) -> float | None:
+    if name in ("validation", "bits_per_byte"):
+        held = next(iter((record.get("validation") or {}).values()), {})
+        return held.get("loss" if name == "validation" else name)
+    value = record.get(name)
+    return value if isinstance(value, int | float) else None
+
+
+def _hours(records: Sequence[dict[str, Any]]) -> list[float]:
+    """Hours of training up to every step: a record's `time_s` counts from the start of its own process."""
+    before_s = last_s = 0.0
+    hours = []
+    for record in records:
+        if record["time_s"] < last_s:
+            before_s += last_s
+        last_s = record["time_s"]
+        hours.append((before_s + last_s) / 3600)
+    return hours
+
+
+def _check_picture(out: Path) -> None:
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError([Problem("--out", "not the name of a picture", out, "end it in .png, .svg or .pdf")])
 
 
 def _smooth(values: list[float], decay: float = 0.9) -> list[float]:

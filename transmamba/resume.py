@@ -108,6 +108,11 @@ def _changed_past(checkpoint: Checkpoint, config: Config, then: dict[str, Any]) 
     return {key: position for key, is_changed in faults.items() if is_changed}
 
 
+def surplus_tokens(checkpoint: Checkpoint, config: Config) -> int:
+    """Tokens that a run has read beyond steps x tokens per step, because its windows had another length."""
+    return checkpoint.manifest["tokens_seen"] - checkpoint.step * tokens_per_step(config)
+
+
 def restore(checkpoint: Checkpoint, chunks: Sequence[nn.Module], optimizer: Optimizer, shards: Shards) -> None:
     """Fill this rank's weights, masters, moments and buffers from a checkpoint of any layout."""
 
@@ -156,11 +161,11 @@ def pieces(chunks: Sequence[nn.Module], optimizer: Optimizer, step: int, topolog
             yield Piece(name, "buffer", global_shape(buffer.shape, 0, shards.tp), 0, buffer, shard)
 
 
-def record(config: Config, step: int, data: dict[str, Any], topology: Topology) -> dict[str, Any]:
+def record(config: Config, step: int, data: dict[str, Any], topology: Topology, tokens_seen: int) -> dict[str, Any]:
     """What the manifest says beside the tensors; `data` names the tokens and the position in them."""
     return {
         "config": config.model_dump(mode="json"),
-        "tokens_seen": step * tokens_per_step(config),
+        "tokens_seen": tokens_seen,
         "data": data,
         "schedule": {
             "lr": learning_rate(config, step),

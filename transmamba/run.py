@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from transmamba.batches import Batches, MicroBatch, Packer
 from transmamba.compose import to_yaml
-from transmamba.config import Config, padded_vocab
+from transmamba.config import Config, padded_vocab, tokens_per_step
 from transmamba.corpus import Corpus
 from transmamba.costs import logit_flops
 from transmamba.data_pipeline.tokenizer import load_tokenizer, token_bytes
@@ -45,6 +45,12 @@ class Run:
     stage: Stage
     batches: Batches
     held: list[Held]
+    surplus_tokens: int = 0
+    """Tokens read so far beyond steps x tokens per step: not 0 once windows had another length."""
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens read in the first `step` steps; none of these is ahead of a change of the windows' length."""
+        return step * tokens_per_step(self.config) + self.surplus_tokens
 
     @property
     def layers(self) -> dict[int, nn.Module]:

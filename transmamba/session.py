@@ -33,6 +33,7 @@ from transmamba.plot import plot_loss
 from transmamba.report import Report
 from transmamba.run import Run, build_run, describe, make_folder
 from transmamba.transpoint import effective_points
+from transmamba.wandb_key import mode_line
 
 EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to save yet
 
@@ -106,6 +107,7 @@ def _opened(config: Config, report: Report, outcome: Outcome) -> Iterator[tuple[
             run = build_run(config, topology, folder, corpus)
             if checkpoint is not None:
                 resume.restore(checkpoint, run.chunks, run.optimizer, topology.shards)
+                run.surplus_tokens = resume.surplus_tokens(checkpoint, config)
             _show_sample(run, report, "before")
             with closing(run.batches):
                 yield run, first, plan, journal, heartbeat
@@ -134,7 +136,7 @@ def _recorded(
         outcome.blame(error)
     finally:
         if not is_together:
-            heartbeat.leave()
+            heartbeat.leave(0 if outcome.code == EXIT_INTERNAL else outcome.code)
         journal.event("exit", code=outcome.code, cause=outcome.cause)
         journal.close()
         if feed is not None:
@@ -194,6 +196,7 @@ def _banner(
             "precision": f"{config.precision}, ZeRO stage {config.zero.stage}",
             "data": _data_lines(config, corpus),
             "start": "new" if checkpoint is None else f"continues {checkpoint.path.name}",
+            **({} if config.wandb.mode == "disabled" else {"wandb": mode_line(config.wandb, folder, os.environ)}),
         }
     )
     print_plan(plan, report.console)

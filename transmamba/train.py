@@ -14,8 +14,13 @@ def main(argv: list[str] | None = None) -> int:
     from transmamba.compose import load
     from transmamba.validate import validate
 
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"-m", "--multirun"} & set(arguments):
+        from transmamba.multirun import multirun
+
+        return multirun(arguments)
     try:
-        config = load(sys.argv[1:] if argv is None else argv)
+        config = load(arguments)
         validate(config, os.environ)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # the other ranks have the same to say

@@ -12,6 +12,7 @@ from transmamba.errors import ConfigError, Problem
 from transmamba.transpoint import layer_kinds
 from transmamba.validate_data import data_problems
 from transmamba.validate_run import run_problems
+from transmamba.wandb_key import has_key
 
 TORCH_FLOOR = (2, 11)
 Problems = Iterator[Problem]
@@ -203,14 +204,7 @@ def _optim_problems(config: Config) -> Problems:
 
 
 def _wandb_problems(config: Config, environ: Mapping[str, str]) -> Problems:
-    if config.wandb.mode != "online" or environ.get("WANDB_API_KEY"):
-        return
-    netrc = Path(environ.get("NETRC") or Path(environ.get("HOME", "/nonexistent")) / ".netrc")
-    try:
-        has_login = "wandb" in netrc.read_text(errors="replace")
-    except OSError:
-        has_login = False
-    if not has_login:
+    if config.wandb.mode == "online" and not has_key(environ):
         fix = "log in with `wandb login`, or use wandb.mode=offline"
         yield Problem("wandb.mode", "online needs a key and none is configured", "online", fix)
 

@@ -1,7 +1,8 @@
 """A process beside the ranks of a node that ends the job when one of them dies or hangs.
 
 Every rank notes what it does in its page (`transmamba.heartbeat`); a child of each node's local rank 0 reads them. Its
-verdict is exit code 30 (hang) or 31 (a rank died), told in verdict.json, events.jsonl, exit.json and a line on stderr.
+verdict is exit code 30 (hang), 31 (a rank died) or that of a rank that left for a reason of its own, told in
+verdict.json, events.jsonl, exit.json and a line on stderr.
 """
 
 import json
@@ -19,14 +20,13 @@ from typing import Any
 
 from transmamba import heartbeat
 from transmamba.errors import EXIT_HANG, EXIT_RANK_DIED
-from transmamba.heartbeat import VERDICT, Phase, Pulse, Word
+from transmamba.heartbeat import VERDICT, WAITING, Phase, Pulse, Word
+from transmamba.stragglers import Recorder
 
 APPEAR_S = 60.0  # how long a rank may take to its first heartbeat, from that of local rank 0
 PATIENCE_S = 1.5  # how long ranks may take to leave by themselves once they are told to, or said that they do
 STACKS_S = 2.0  # how long to wait for stacks; a rank in a system call that cannot be interrupted writes none
 _TICK_S = 0.5
-# In the innermost frames of a rank that waits for others: it is rarely the one that hangs.
-_WAITING = ("torch/distributed/", "deepspeed/comm/", "p2p_communication")
 
 
 class Watchdog:
@@ -42,13 +42,16 @@ class Watchdog:
         self._poll = select.poll()
         self._started_at = self._looked_at = time.monotonic()
         self._old_verdict = _seen(folder / VERDICT)
+        self._paces = Recorder(folder, min(ranks))
 
     def run(self) -> int:
         """Returns 0 once every rank is done, else the code that the job was ended with."""
         while True:
             self._look(_TICK_S)
             ranks, has_all = self._ranks.values(), len(self._ranks) == len(self._numbers)
-            if ranks and all(rank.beat[1] == Phase.DONE and (has_all or rank.process < 0) for rank in ranks):
+            is_over = ranks and all(rank.beat[1] == Phase.DONE and (has_all or rank.process < 0) for rank in ranks)
+            self._paces.note(ranks, at_once=bool(is_over))
+            if is_over:
                 return 0
             others = self._verdict_of_others()
             if others is not None:
@@ -118,7 +121,10 @@ class Watchdog:
         if verdict is None:
             doubts = {n: (r not in suspects, n not in stopped, n in waiting) for n, r in self._ranks.items()}
             roll.sort(key=lambda about: (doubts[about["rank"]], about["left_ns"], about["step"], -about["age_s"]))
-            verdict = self._describe(code, roll[0] if suspects else None) | {"stacks": stacks, "ranks": roll}
+            suspect = roll[0] if suspects else None
+            if code == EXIT_RANK_DIED and suspect is not None:
+                code = suspect["reason"] or code
+            verdict = self._describe(code, suspect) | {"stacks": stacks, "ranks": roll}
             if code == EXIT_HANG and verdict["rank"] in waiting and not self._is_alone:
                 time.sleep(1)  # everybody here waits: the node of the rank that hangs shall speak first
         self._record_within(2.0, verdict)
@@ -156,7 +162,7 @@ class Watchdog:
             with suppress(OSError):
                 # The main thread is the oldest and comes last, its innermost frame first.
                 text = path.read_bytes()[begun[number] :].decode(errors="replace").rpartition("hread 0x")[2]
-                if any(mark in line for line in text.splitlines()[1:4] for mark in _WAITING):
+                if any(mark in line for line in text.splitlines()[1:4] for mark in WAITING):
                     waiting.add(number)
         return [str(path) for number, path in paths.items() if sizes[number] > begun[number]], waiting
 
@@ -168,6 +174,8 @@ class Watchdog:
             what = "gave no sign of life"
         elif code == EXIT_HANG:
             what = f"hangs, without a heartbeat for {about['age_s']} s (limit {about['limit_s']} s)"
+        elif about["reason"]:
+            what = f"left with code {code}, for which its log has the reason"
         elif about["left_ns"]:
             what = "ended by itself before the job was done"
         cause = f"rank {about['rank']} on {host} {what}, in phase {about['phase']} at step {about['step']}"

@@ -170,6 +170,13 @@ def test_length_extension_and_another_schedule_need_to_be_allowed(train: Trainer
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     (resumed,) = [event for event in events if event["event"] == "resume"]
     assert {"data.seq_len", "transpoint.schedule"} <= set(resumed["changed"])
+    tokens = [json.loads(line)["tokens"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    short, long = tokens[0], tokens[-1] - tokens[-2]
+    assert long == 2 * short and tokens == [short * step for step in range(1, 5)] + [
+        4 * short + long * step for step in range(1, 5)
+    ]
+    newest = checkpoint.read(checkpoint.published(folder / "checkpoints")[0])
+    assert newest.manifest["tokens_seen"] == tokens[-1]
 
 
 def test_other_data_does_not_take_over_a_checkpoint(train: Trainer, corpus: Path, tmp_path: Path) -> None:

@@ -83,23 +83,23 @@ import json, os, types
 api = types.SimpleNamespace(api_key=None)
 def init(**settings):
     out = open(os.environ["FAKE_WANDB_OUT"], "w", buffering=1)
-    out.write(json.dumps({"mode": settings["mode"], "id": settings["id"]}) + "\\n")
+    out.write(json.dumps({"mode": settings["mode"], "name": settings["name"]}) + "\\n")
     log = lambda record, step: out.write(json.dumps({"step": step, "loss": record["loss"]}) + "\\n")
-    return types.SimpleNamespace(log=log, finish=out.close)
+    return types.SimpleNamespace(log=log, finish=out.close, offline=True)
 """
 
 
 def test_the_wandb_feed_logs_every_step_once_and_ends_with_its_trainer(tmp_path: Path) -> None:
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     folder, out = tmp_path / "run-7", tmp_path / "out.jsonl"
-    folder.mkdir()
+    (folder / "logs").mkdir(parents=True)
     (folder / "config.yaml").write_text("seed: 1\n")
     metrics = (folder / "metrics.jsonl").open("w")
     lines = [json.dumps({"step": step, "loss": step / 7}) + "\n" for step in range(1, 9)]
     metrics.writelines(lines[:3])
     metrics.flush()
     feed = subprocess.Popen(
-        [sys.executable, "-m", "transmamba.wandb_feed", str(folder), "auto", "project", ""],
+        [sys.executable, "-m", "transmamba.wandb_feed", str(folder), "offline", "project", ""],
         stdin=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "FAKE_WANDB_OUT": str(out)},
     )
@@ -113,7 +113,7 @@ def test_the_wandb_feed_logs_every_step_once_and_ends_with_its_trainer(tmp_path:
     feed.stdin.close()
     assert feed.wait(20) == 0
     told = [json.loads(line) for line in out.read_text().splitlines()]
-    assert told[0] == {"mode": "offline", "id": "run-7"}
+    assert told[0] == {"mode": "offline", "name": "run-7"}
     assert told[1:] == [{"step": step, "loss": step / 7} for step in range(1, 9)]
 
 

@@ -40,6 +40,9 @@ def exits():
 def gives_up_and_stays():
     heartbeat.leave()
     sleeps()
+def finds_damaged_data():
+    heartbeat.leave(22)
+    sys.exit(22)
 def dawdles():
     time.sleep(0.9)
 def nothing():
@@ -217,6 +220,14 @@ def test_a_rank_that_leaves_before_the_end_is_a_death(act: str, code: int, job: 
     verdict = started.verdict()
     assert (verdict["code"], verdict["rank"]) == (31, 1)
     assert "ended by itself" in str(verdict["cause"])
+
+
+def test_a_rank_that_leaves_for_a_reason_of_its_own_ends_the_job_with_its_code(job: StartJob, slowness: float) -> None:
+    started = job(3, guilty=1, act="finds_damaged_data")
+    assert started.codes(6 * slowness) == {0: 22, 1: 22, 2: 22}
+    verdict = started.verdict()
+    assert (verdict["code"], verdict["rank"]) == (22, 1)
+    assert "left with code 22" in str(verdict["cause"])
 
 
 @pytest.mark.parametrize(

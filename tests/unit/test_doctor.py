@@ -34,12 +34,25 @@ def test_this_machine_gets_a_line_for_everything(tmp_path: Path) -> None:
     assert {"python", "torch", "triton", "deepspeed", "megatron-core", "other requirements"} <= {
         row["check"] for row in rows
     }
-    assert {"device", "threads", "memory", "run folder", "wandb", "transformers", "mamba-ssm"} <= {
-        row["check"] for row in rows
-    }
+    assert {
+        *(
+            "device",
+            "threads",
+            "memory",
+            "run folder",
+            "storage speed",
+            "storage clock",
+            "clock",
+            "cores",
+            "open files",
+        ),
+        *("/dev/shm", "C compiler", "git", "Slurm", "wandb", "lm-eval", "optuna", "mamba-ssm", "self-test", "ranks"),
+    } <= {row["check"] for row in rows}
     assert all(row["fix"] for row in rows if row["verdict"] != "ok"), "what is not well has a remedy"
     assert done.exit_code == max(doctor.EXIT_CODES[row["verdict"]] for row in rows)
-    assert not (tmp_path / "runs").exists(), "looking makes nothing"
+    assert not list(tmp_path.iterdir()), "looking makes nothing"
+    (ranks,) = (row["value"] for row in rows if row["check"] == "ranks")
+    assert ranks.startswith("2 ranks on 1 machine, gloo: a sum takes ")
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("optional", 0), ("warning", 1), ("fatal", 2)])
@@ -141,6 +154,7 @@ def test_a_failing_kernel_is_named_with_its_flags_and_its_error(
 
 
 def test_the_command_line_loads_torch_only_when_it_is_needed() -> None:
-    program = "import sys, transmamba.cli, transmamba.doctor; assert 'torch' not in sys.modules"
+    modules = "transmamba.cli, transmamba.doctor, transmamba.doctor_ranks, transmamba.runs, transmamba.runs_show"
+    program = f"import sys, {modules}; assert not {{'torch', 'wandb', 'matplotlib'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,10 @@ BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal
 MAY_IMPORT = {
     "transmamba.kernels": ("transmamba.kernels",),
     "transmamba.data_pipeline": ("transmamba.data_pipeline",),
-    "transmamba.launch": ("transmamba.launch", "transmamba.config", "transmamba.plan"),
+    "transmamba.launch": tuple(
+        f"transmamba.{name}"
+        for name in ("launch", "config", "compose", "validate", "overrides", "transpoint", "errors", "plan", "planning")
+    ),
 }
 # Its parallel state and schedules, its data format, and its reader as a peer of ours.
 MAY_IMPORT_MEGATRON = ("transmamba.parallel", "transmamba.data_pipeline.megatron", "transmamba.bench_read")
@@ -51,6 +54,8 @@ NO_TORCH = (
         "costs",
     ),
     *("plan", "validate", "validate_data", "validate_run", "train", "stages", "communication", "heartbeat", "watchdog"),
+    *(f"planning.{name}" for name in ("answer", "activations", "cpu_time", "cpu_fit", "forecast", "published")),
+    *("planning.search", "planning.report", "launch.local", "launch.slurm", "launch.sweep_start", "launch.sweep_show"),
 )
 
 
