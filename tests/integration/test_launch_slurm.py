@@ -183,3 +183,25 @@ def test_an_array_runs_one_trial_per_task(cluster: Cluster, corpus: Path, tmp_pa
     assert [exit_code(run) for run in runs] == [0, 0, 0]
     assert len({read_metrics(run)[0]["loss"] for run in runs}) == 3
     assert len(list((tmp_path / "sweep" / "logs").glob(f"slurm-{job}_?.out"))) == 3
+
+
+def test_a_sweep_is_queued_as_an_array_and_shown_when_it_is_done(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    program = [sys.executable, "-c", "from transmamba.cli import main; main()", "sweep"]
+    swept = [*program, "two", "--dir", str(tmp_path / "two"), "--grid", "transpoint=v1,v9", "--seeds", "2"]
+    own = overrides(corpus, tmp_path, "train.steps=4", "checkpoint.every=4")
+    own = [text for text in own if not text.startswith("run.dir")]
+    queued = subprocess.run(
+        [*swept, "--slurm", "--gpus-per-node", "0", "--concurrent", "2", "--", *own], capture_output=True, text=True
+    )
+    assert queued.returncode == 0, queued.stderr
+    deadline = time.monotonic() + 400
+    while cluster.answer("squeue", "-h"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    shown = subprocess.run([*program, "show", "two", "--dir", str(tmp_path / "two")], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    record = json.loads((tmp_path / "two" / "leaderboard.json").read_text())
+    assert {group["group"]: group["loss_seeds"] for group in record["groups"]} == {"v1": 2, "v9": 2}
+    assert all(trial["state"] == "done" for trial in record["trials"])
