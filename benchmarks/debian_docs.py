@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from transmamba.bench import results_folder
+from transmamba.bench.kernels import results_folder
 from transmamba.machine import describe_device
 
 PACKAGES = ("dict-gcide", "linux-doc-6.1", "python3.11-doc", "perl-doc")

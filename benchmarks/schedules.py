@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from transmamba.bench import results_folder
+from transmamba.bench.kernels import results_folder
 from transmamba.machine import describe_device
 
 STEPS = 160

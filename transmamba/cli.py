@@ -44,7 +44,7 @@ def doctor(
     ] = False,
 ) -> None:
     """Say what this machine can do and what is missing; exit 1 with warnings, 2 when a run would not work."""
-    from transmamba.doctor import run_doctor
+    from transmamba.doctor.report import run_doctor
 
     raise typer.Exit(run_doctor(kernels, as_json, run_dir, network))
 
@@ -117,7 +117,7 @@ def kernels(
     out: Results = Path("benchmarks/results"),
 ) -> None:
     """Scan and mixer against published implementations: correctness first, then time and memory."""
-    from transmamba.bench import bench_kernels
+    from transmamba.bench.kernels import bench_kernels
 
     paths = {"mamba_ssm": mamba_ssm, "fla": fla}
     peers = {name: None if path is None else str(path) for name, path in paths.items()}
@@ -127,7 +127,7 @@ def kernels(
 @bench.command("step")
 def bench_step(budget_s: Budget = 300, out: Results = Path("benchmarks/results")) -> None:
     """A training step of the framework against a bare loop of the same model."""
-    from transmamba.bench_step import bench_step as measure
+    from transmamba.bench.step import bench_step as measure
 
     raise typer.Exit(measure(budget_s, out))
 
@@ -143,7 +143,7 @@ def bench_layer(
     out: Results = Path("benchmarks/results"),
 ) -> None:
     """Layers of every kind, and TransMamba's at many TransPoints, beside what the kernels predict."""
-    from transmamba.bench_layer import bench_layer as measure
+    from transmamba.bench.layer import bench_layer as measure
     from transmamba.machine import has_gpu
 
     large = has_gpu()
@@ -160,7 +160,7 @@ def bench_model(
     out: Results = Path("benchmarks/results"),
 ) -> None:
     """Training steps of equal-size models of every kind, and decoding at several contexts."""
-    from transmamba.bench_model import bench_model as measure
+    from transmamba.bench.model import bench_model as measure
     from transmamba.machine import has_gpu
 
     large = has_gpu()
@@ -172,7 +172,7 @@ def bench_model(
 @bench.command()
 def read(budget_s: Budget = 60, out: Results = Path("benchmarks/results")) -> None:
     """Packed batches of tokens beside a bare memory map, Megatron's dataset and webdataset."""
-    from transmamba.bench_read import bench_read as measure
+    from transmamba.bench.read import bench_read as measure
 
     raise typer.Exit(measure(budget_s, out))
 
@@ -184,7 +184,7 @@ def bench_prepare(
     out: Results = Path("benchmarks/results"),
 ) -> None:
     """From text to shards of tokens beside datatrove, if that is installed."""
-    from transmamba.bench_prepare import bench_prepare as measure
+    from transmamba.bench.prepare import bench_prepare as measure
 
     raise typer.Exit(measure(budget_s, out, sources))
 
@@ -192,7 +192,7 @@ def bench_prepare(
 @bench.command("checkpoint")
 def bench_checkpoint(budget_s: Budget = 240, out: Results = Path("benchmarks/results")) -> None:
     """Saving beside torch.save, distributed checkpointing and safetensors at equal durability."""
-    from transmamba.bench_checkpoint import bench_checkpoint as measure
+    from transmamba.bench.checkpoint import bench_checkpoint as measure
 
     raise typer.Exit(measure(budget_s, out))
 

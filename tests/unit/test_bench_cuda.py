@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.interpreter import repair
-from transmamba.bench_cuda import scan_rows
+from transmamba.bench.cuda import scan_rows
 from transmamba.kernels import backend, launches
 
 
@@ -36,8 +36,8 @@ def test_scan_and_peers_are_timed_in_both_directions_and_failures_are_named(monk
         return float(len(calls) - before)
 
     monkeypatch.setattr(backend, "runs_triton", runs_triton)
-    monkeypatch.setattr("transmamba.bench_cuda.LENGTHS", (32, 64, 128))
-    monkeypatch.setattr("transmamba.bench_cuda.kernel_findings", lambda *_, **__: [])
+    monkeypatch.setattr("transmamba.bench.cuda.LENGTHS", (32, 64, 128))
+    monkeypatch.setattr("transmamba.bench.cuda.kernel_findings", lambda *_, **__: [])
     contestants = {"transmamba": launches.ours, "slow": slow, "fla": refusing}
     rows = list(scan_rows(contestants, torch.device("cpu"), measure, shapes=((2, 1, 16, 16),), n_tokens=64))
     assert len(rows) == 2 * 2 * 2, "two lengths, two directions, two peers"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from transmamba.bench_layer import bench_layer, cheapest_point
-from transmamba.bench_rows import Row, measure_rows
+from transmamba.bench.layer import bench_layer, cheapest_point
+from transmamba.bench.rows import Row, measure_rows
 
 
 def table(out: Path) -> Row:
@@ -53,7 +53,7 @@ def test_the_cheapest_transpoint_minimises_the_cost_it_is_made_of(length: int) -
 def test_every_kind_of_layer_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("transmamba.bench_layer._cpu_seconds", lambda call: 1.0 if call() else 0.0)
+    monkeypatch.setattr("transmamba.bench.layer._cpu_seconds", lambda call: 1.0 if call() else 0.0)
     assert bench_layer(60, tmp_path, "tiny", [96], 96) == 0
     rows = {row["row"]: row for row in table(tmp_path)["rows"]}
     assert set(rows) == {

@@ -13,9 +13,16 @@ from packaging.requirements import Requirement
 from torch import Tensor
 from typer.testing import CliRunner
 
-from transmamba import doctor
 from transmamba.cli import app
-from transmamba.doctor import Finding, device_findings, disk_finding, kernel_findings, memory_finding, version_finding
+from transmamba.doctor import report as doctor
+from transmamba.doctor.report import (
+    Finding,
+    device_findings,
+    disk_finding,
+    kernel_findings,
+    memory_finding,
+    version_finding,
+)
 from transmamba.kernels import backend
 from transmamba.kernels.cases import Case, cases
 from transmamba.kernels.gated_norm import gated_rms_norm
@@ -154,7 +161,7 @@ def test_a_failing_kernel_is_named_with_its_flags_and_its_error(
 
 
 def test_the_command_line_loads_torch_only_when_it_is_needed() -> None:
-    modules = "transmamba.cli, transmamba.doctor, transmamba.doctor_ranks, transmamba.runs, transmamba.runs_show"
+    modules = "transmamba.cli, transmamba.doctor.report, transmamba.doctor.ranks, transmamba.runs, transmamba.runs_show"
     program = f"import sys, {modules}; assert not {{'torch', 'wandb', 'matplotlib'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from transmamba import doctor_parts, doctor_ranks, doctor_system
-from transmamba.doctor_finding import Finding, Verdict
-from transmamba.doctor_parity import parity_finding
-from transmamba.doctor_parts import PARTS, part_findings
-from transmamba.doctor_ranks import local_finding, verdict
-from transmamba.doctor_system import (
+from transmamba.doctor import parts, ranks, system
+from transmamba.doctor.finding import Finding, Verdict
+from transmamba.doctor.parity import parity_finding
+from transmamba.doctor.parts import PARTS, part_findings
+from transmamba.doctor.ranks import local_finding, verdict
+from transmamba.doctor.system import (
     clock_finding,
     cores_finding,
     files_finding,
@@ -34,8 +34,8 @@ Usage = collections.namedtuple("Usage", "total used free")
 
 def test_slow_storage_and_a_clock_that_is_off_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found.verdict for found in storage_findings(tmp_path)][1] == "ok"
-    monkeypatch.setattr(doctor_system, "SLOW_SYNC_S", 0.0)
-    monkeypatch.setattr(doctor_system, "SKEW_S", -1.0)
+    monkeypatch.setattr(system, "SLOW_SYNC_S", 0.0)
+    monkeypatch.setattr(system, "SKEW_S", -1.0)
     slow, skewed = storage_findings(tmp_path)
     assert slow.verdict == skewed.verdict == "warning" and "MB/s" in slow.value and "run.dir" in slow.fix
     assert not list(tmp_path.iterdir())
@@ -62,7 +62,7 @@ def test_a_clock_that_goes_backwards_is_fatal(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_quota_below_the_cores_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_system, "_CGROUP", tmp_path)
+    monkeypatch.setattr(system, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     assert cores_finding() == Finding("cores", "8 of 16 may be used")
@@ -94,11 +94,11 @@ def test_a_program_is_there_absent_or_broken(missing: Verdict, tmp_path: Path, m
 
 
 def test_every_optional_part_says_what_it_enables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_parts, "installed", lambda name: None)
+    monkeypatch.setattr(parts, "installed", lambda name: None)
     absent = list(part_findings())
     assert [found.check for found in absent] == ["wandb", *PARTS]
     assert all(found.verdict == "optional" and PARTS[found.check][1] in found.fix for found in absent[1:])
-    monkeypatch.setattr(doctor_parts, "installed", lambda name: "1.0")
+    monkeypatch.setattr(parts, "installed", lambda name: "1.0")
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert all(found.verdict == "ok" for found in part_findings())
 
@@ -144,7 +144,7 @@ def test_the_ranks_of_a_job_look_at_their_own_network() -> None:
     job = plain | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", "from transmamba.doctor import run_doctor; from pathlib import Path; "
+            [sys.executable, "-c", "from transmamba.doctor.report import run_doctor; from pathlib import Path; "
              "raise SystemExit(run_doctor(False, False, Path('runs'), network=True))"],
             cwd=ROOT,
             env=job | {"SLURM_PROCID": str(rank)},
@@ -163,5 +163,5 @@ def test_without_a_launcher_the_network_is_not_looked_at(
 ) -> None:
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    assert doctor_ranks.main([]) == 2
+    assert ranks.main([]) == 2
     assert "RANK is not set. Fix: start this with torchrun" in capsys.readouterr().err

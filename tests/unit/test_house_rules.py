@@ -38,7 +38,7 @@ MAY_IMPORT = {
     ),
 }
 # Its parallel state and schedules, its data format, and its reader as a peer of ours.
-MAY_IMPORT_MEGATRON = ("transmamba.parallel", "transmamba.data_pipeline.megatron", "transmamba.bench_read")
+MAY_IMPORT_MEGATRON = ("transmamba.parallel", "transmamba.data_pipeline.megatron", "transmamba.bench.read")
 MUST_NOT_IMPORT = {"transmamba.parallel": ("transmamba.model",)}
 ENTRY_POINTS = ("transmamba.train", "transmamba.cli")
 NO_TORCH = (

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, write the profile unless it is to be checked, and compare."""
     from transmamba import plain_yaml
-    from transmamba.bench_profile import kernel_constants, measure
+    from transmamba.bench.profile import kernel_constants, measure
 
     named = {name: config_of(name, 1) for name in (HELD_OUT if options.check else FITTED)}
     measured = measure(named, options.threads, clock=options.clock)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transmamba import bench_profile, plain_yaml
+from transmamba import plain_yaml
+from transmamba.bench import profile as bench_profile
 from transmamba.config import Config
 from transmamba.kernels.documents import Documents
 from transmamba.model.layer import Layer

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from transmamba.doctor_finding import GIB, Finding, Verdict
+from transmamba.doctor.finding import GIB, Finding, Verdict
 
 MIN_FILES, MIN_SHM = 1024, GIB
 SLOW_SYNC_S, SLOW_WRITE, SKEW_S = 0.1, 50e6, 2.0

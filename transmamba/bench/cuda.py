@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transmamba.doctor import kernel_findings
+from transmamba.doctor.report import kernel_findings
 from transmamba.kernels import launches
 from transmamba.kernels.cases import cases
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from transmamba.doctor_finding import Finding
+from transmamba.doctor.finding import Finding
 from transmamba.wandb_key import has_key
 
 # Package -> what it enables and how it is installed.

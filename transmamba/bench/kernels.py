@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from transmamba.bench_cuda import scan_rows
-from transmamba.bench_mixer import mixer_rows
+from transmamba.bench.cuda import scan_rows
+from transmamba.bench.mixer import mixer_rows
 from transmamba.errors import EXIT_CONFIG
 from transmamba.kernels.launches import contestants
 from transmamba.kernels.ssd.bench import load_peer, rows

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transmamba.bench import results_folder
+from transmamba.bench.kernels import results_folder
 from transmamba.data_pipeline.docstrings import read_installed_docstrings
 from transmamba.data_pipeline.manifest import load_manifest
 from transmamba.data_pipeline.parts import Reading, cut_parts

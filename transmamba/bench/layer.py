@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from transmamba.bench_cuda import median_seconds
-from transmamba.bench_rows import Row, Work, measure_rows
+from transmamba.bench.cuda import median_seconds
+from transmamba.bench.rows import Row, Work, measure_rows
 from transmamba.compose import load
 from transmamba.config import ModelConfig, head_width
 from transmamba.kernels.attention import prefix_attention

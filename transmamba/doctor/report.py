@@ -20,11 +20,11 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from transmamba.doctor_finding import EXIT_CODES, GIB, Finding
-from transmamba.doctor_parity import parity_finding
-from transmamba.doctor_parts import installed, part_findings
-from transmamba.doctor_ranks import local_finding
-from transmamba.doctor_system import system_findings
+from transmamba.doctor.finding import EXIT_CODES, GIB, Finding
+from transmamba.doctor.parity import parity_finding
+from transmamba.doctor.parts import installed, part_findings
+from transmamba.doctor.ranks import local_finding
+from transmamba.doctor.system import system_findings
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def run_doctor(kernels: bool, as_json: bool, run_dir: Path, network: bool = Fals
         would keep a run from working.
     """
     if network:
-        from transmamba.doctor_ranks import main
+        from transmamba.doctor.ranks import main
 
         return main(["--json"] if as_json else [])
     if kernels:

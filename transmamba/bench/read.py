@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from transmamba.bench import results_folder
+from transmamba.bench.kernels import results_folder
 from transmamba.data_pipeline.manifest import Manifest, Split
 from transmamba.data_pipeline.mixture import Mixture
 from transmamba.data_pipeline.shards import BLOCK_TOKENS, ShardWriter, join_parts

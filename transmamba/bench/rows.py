@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from transmamba.bench import results_folder
+from transmamba.bench.kernels import results_folder
 from transmamba.machine import describe_device, versions
 
 Row = dict[str, Any]

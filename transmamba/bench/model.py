@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from transmamba import session
-from transmamba.bench_rows import Row, Work, measure_rows
+from transmamba.bench.rows import Row, Work, measure_rows
 from transmamba.compose import load
 from transmamba.corpus import open_corpus
 from transmamba.loop import train_step

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from transmamba import checkpoint, disk
-from transmamba.bench import results_folder
+from transmamba.bench.kernels import results_folder
 from transmamba.checkpoint import Alone
 from transmamba.config import CheckpointConfig
 from transmamba.machine import describe_device, versions

@@ -16,7 +16,7 @@ from torch import nn
 
 from transmamba import session
 from transmamba.batches import MicroBatch
-from transmamba.bench import results_folder
+from transmamba.bench.kernels import results_folder
 from transmamba.compose import load
 from transmamba.config import Config
 from transmamba.corpus import open_corpus

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from transmamba.doctor_finding import Finding
+from transmamba.doctor.finding import Finding
 
 if TYPE_CHECKING:
     import torch

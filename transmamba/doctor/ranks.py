@@ -1,6 +1,6 @@
 """The network between ranks: two on this machine, or the real ones of a job.
 
-`torchrun ... -m transmamba.doctor_ranks`, or the same under srun, looks at the ranks that the launcher starts.
+`torchrun ... -m transmamba.doctor.ranks`, or the same under srun, looks at the ranks that the launcher starts.
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from transmamba.doctor_finding import Finding
+from transmamba.doctor.finding import Finding
 
 PATIENCE_S = 30.0
 SLOW_LATENCY_S, SLOW_RATE = 0.05, 20e6  # gloo on two idle cores of one machine: 0.2 ms, 1 GB/s
@@ -27,7 +27,7 @@ def local_finding() -> Finding:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "transmamba.doctor_ranks", "--json"],
+            [sys.executable, "-m", "transmamba.doctor.ranks", "--json"],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
