@@ -105,8 +105,8 @@ ROWS: dict[str, Row] = {
         "python -c 'import transmamba.kernels.launches'", "compiles for minutes; the tests of the kernels do that"
     ),
     "sbatch RUN/slurm.sh": instead("transmamba launch slurm --print", "shows the script; the tests with Slurm do it"),
-    "srun --kill-on-bad-exit=1": instead(
-        f"grep -q 'srun.* --kill-on-bad-exit=1' {ROOT}/launch/slurm.sh.template", "a line of the template"
+    "srun --kill-on-bad-exit=0 --wait=60": instead(
+        f"grep -q 'srun.* --kill-on-bad-exit=0 --wait=60' {ROOT}/launch/slurm.sh.template", "a line of the template"
     ),
     "transmamba plan": RUN,
     "transmamba plan --published": RUN,

@@ -96,7 +96,7 @@ def test_every_option_reaches_slurm() -> None:
     (srun,) = [line for line in lines if line.startswith("srun ")]
     assert "--nodes=4 --ntasks=32 --ntasks-per-node=8 --distribution=block:block --cpus-per-task=12 " in srun
     assert "--container-image='nvcr.io#nvidia/pytorch:25.01-py3' " in srun
-    assert "--kill-on-bad-exit=1" in srun
+    assert "--kill-on-bad-exit=0 --wait=60" in srun
     assert any("TRITON_CACHE_DIR=${SLURM_TMPDIR:-/tmp}" in line and "$SLURM_JOB_ID" in line for line in lines)
     assert "export WORLD_SIZE=32 LOCAL_WORLD_SIZE=8" in lines
     assert "@@" not in "".join(lines)
