@@ -28,8 +28,8 @@ def show(folder: Path, out: Path, facts_of: Callable[[TrialFolder], Facts], sort
     definition = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["definition"]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for name in ("group", "loss", "bits/byte", "=tokens", "=FLOPs", "FLOPs", "s", "state"):
-        is_text = name in ("group", "state")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+        justify = "left" if name in ("group", "state") else "right"
+        table.add_column(name, justify=justify, no_wrap=name != "state", overflow="fold")
     for row in board.rows:
         table.add_row(*_cells(row))
     console.print(table)

@@ -51,6 +51,8 @@ ROWS: dict[str, Row] = {
     "make bench": DRY,
     "make test-long": DRY,
     "make gpu-kernels": DRY,
+    "make gpu-layer": DRY,
+    "make gpu-model": DRY,
     "source .venv/bin/activate": RUN,
     "touch runs/NAME/STOP": Row(makes="runs/NAME/STOP"),
     "torchrun --nproc-per-node 4 -m transmamba.train parallel.tp=2 parallel.pp=2 zero.stage=1": RANKS,
@@ -98,6 +100,13 @@ ROWS: dict[str, Row] = {
         f"python -c 'import runpy; runpy.run_path(\"{ROOT}/benchmarks/debian_docs.py\")'",
         "installs packages and trains for 20 minutes",
     ),
+    "python benchmarks/schedules.py": instead(
+        f"python {ROOT}/benchmarks/schedules.py --help", "trains 36 models; the tests of sweeps train a few"
+    ),
+    "python benchmarks/length_extension.py runs/ext": instead(
+        f"python {ROOT}/benchmarks/length_extension.py --help", "a test of its own runs it with tiny sizes"
+    ),
+    "python -m transmamba.train -m transpoint=v1,v9 seed=1,2": Row(is_long=True),
     "python -m transmamba.kernels.compiled": instead(
         "python -c 'import transmamba.kernels.compiled'", "compiles for minutes; the tests of the kernels do that"
     ),
