@@ -44,7 +44,7 @@ def slurm(
     nodes: Annotated[int, typer.Option(min=1, max=100_000)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, max=64, help="One rank each; 0 for ranks on CPUs")] = 8,
     procs: Annotated[int, typer.Option(min=1, max=1024, help="Ranks per node with --gpus-per-node 0")] = 1,
-    time: Annotated[str | None, typer.Option(help="Minutes, H:M:S or D-H:M:S")] = None,
+    time: Annotated[str | None, typer.Option(help="Minutes, or hours:minutes:seconds")] = None,
     account: Annotated[str | None, typer.Option()] = None,
     partition: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,

@@ -125,7 +125,7 @@ def _print_rows(header: list[str], rows: list[list[str]]) -> None:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 100 else f"{value:.4f}"
 
 
 def _plain(value: Any) -> str:

@@ -154,6 +154,7 @@ def test_a_failing_kernel_is_named_with_its_flags_and_its_error(
     assert found[0].fix.startswith(complaint)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(doctor, "kernel_findings", lambda checked, device: iter(found))
+    monkeypatch.setattr(doctor, "far_findings", lambda device: iter(()))
     assert doctor.run_doctor(True, False, tmp_path) == 2
     lines = capsys.readouterr().err.split("\n")[-3:-1]
     assert lines[0].startswith(f"gated_norm gate=some float32 3x25x3x20: {complaint}")
@@ -165,3 +166,14 @@ def test_the_command_line_loads_torch_only_when_it_is_needed() -> None:
     program = f"import sys, {modules}; assert not {{'torch', 'wandb', 'matplotlib'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "error", "verdicts"), [(20, 0.0, ["warning"]), (140, 1e-3, ["ok"]), (140, 0.1, ["fatal"])]
+)
+def test_long_streams_are_checked_where_they_fit(
+    free_gb: int, error: float, verdicts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 141 * 10**9))
+    monkeypatch.setattr("transmamba.kernels.large.far_errors", lambda device: iter([("ssd values", error)]))
+    assert [finding.verdict for finding in doctor.far_findings(CPU)] == verdicts

@@ -14,7 +14,7 @@ PARTS = {
     "s3fs": ("data on S3", "pip install -e '.[s3]'"),
     "gcsfs": ("data on Google Cloud Storage", "pip install -e '.[gcs]'"),
     "zstandard": ("text in .zst", "pip install zstandard"),
-    "optuna": ("`transmamba sweep --optuna`", "pip install optuna"),
+    "optuna": ("`transmamba sweep --optuna`", "pip install -e '.[sweep]'"),
     "hydra-submitit-launcher": ("hydra/launcher=submitit_slurm", "pip install hydra-submitit-launcher"),
     "flash-linear-attention": ("a peer of the kernels' benchmarks", "pip install flash-linear-attention"),
     "mamba-ssm": ("a peer of the kernels' benchmarks", "pip install mamba-ssm"),

@@ -65,7 +65,8 @@ def run_doctor(kernels: bool, as_json: bool, run_dir: Path, network: bool = Fals
         if not torch.cuda.is_available():
             print(json.dumps({"problem": NO_DEVICE}) if as_json else NO_DEVICE)
             return 1
-        found = list(kernel_findings(list(cases()), torch.device("cuda")))
+        device = torch.device("cuda")
+        found = [*kernel_findings(list(cases()), device), *far_findings(device)]
     else:
         found = list(machine_findings(run_dir))
     if as_json:
@@ -198,6 +199,24 @@ def kernel_findings(checked: "list[Case]", device: "torch.device", is_small: boo
             worst, problems = float("nan"), [f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"]
         value = f"error {worst:.1e} of {case.operation.tolerance[dtype]:.0e}, {time.perf_counter() - began:.1f} s"
         yield Finding(name, value, "fatal", "; ".join(problems)) if problems else Finding(name, value)
+
+
+def far_findings(device: "torch.device") -> Iterator[Finding]:
+    """The last tokens of streams of more than 2^31 elements against the same tokens alone, if the device has room."""
+    import torch
+
+    from transmamba.kernels import large
+
+    free_gb = torch.cuda.mem_get_info(device)[0] / 1e9
+    if free_gb < large.MEMORY_GB:
+        fix = f"needs {large.MEMORY_GB} GB free on the GPU"
+        yield Finding("streams beyond 2^31 elements", f"not checked, {free_gb:.0f} GB free", "warning", fix)
+        return
+    for name, error in large.far_errors(device):
+        value = f"error {error:.1e} of {large.TOLERANCE:.0e}"
+        check = f"{name} beyond 2^31 elements"
+        is_right = error <= large.TOLERANCE
+        yield Finding(check, value) if is_right else Finding(check, value, "fatal", "far tokens come out wrong")
 
 
 def check_case(case: "Case", dtype: "torch.dtype", shape: "Shape", device: "torch.device") -> tuple[float, list[str]]:
