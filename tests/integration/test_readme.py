@@ -110,7 +110,10 @@ def ranks_of(command: str) -> tuple[int, list[str]]:
 
 def check(command: str, row: Row, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if row is DRY:
-        told = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+        # As from a shell, also when this suite was started by make.
+        environ = {name: text for name, text in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+        words = ["make", "-n", *shlex.split(command)[1:]]
+        told = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True)
         assert told.returncode == 0, told.stderr
         last = told.stdout.strip().splitlines()[-1]
         assert last.startswith((".venv/bin/", "echo")), last
