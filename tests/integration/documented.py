@@ -118,6 +118,7 @@ ROWS: dict[str, Row] = {
         f"grep -q 'srun.* --kill-on-bad-exit=0 --wait=60' {ROOT}/launch/slurm.sh.template", "a line of the template"
     ),
     "transmamba plan": RUN,
+    "transmamba launch local": instead("transmamba launch local --print", "named in a sentence"),
     "transmamba plan --published": RUN,
     "transmamba plan --published [FILE.csv]": instead("transmamba plan --published", "the brackets mean: or not"),
     "python -m transmamba.planning.fit --leave-out": Row(is_long=True),
