@@ -29,7 +29,7 @@ def checked(overrides: Sequence[str], n_ranks: int, *, may_restart: bool) -> tup
     Raises:
         ConfigError: all problems.
     """
-    config = _loaded(overrides, n_ranks)
+    config = load(list(overrides), n_ranks)
     environ = {name: text for name, text in os.environ.items() if name not in RANK_VARIABLES}
     validate(config, environ | {"WORLD_SIZE": str(n_ranks), "RANK": "0"})
     if may_restart and config.resume.mode == "never":
@@ -39,19 +39,6 @@ def checked(overrides: Sequence[str], n_ranks: int, *, may_restart: bool) -> tup
         return config, list(overrides)
     config.run.dir = str(_fresh_folder(config.model.kind))
     return config, [*overrides, f"run.dir={config.run.dir}"]
-
-
-def _loaded(overrides: Sequence[str], n_ranks: int) -> Config:
-    # Defaults such as the micro-batch depend on the number of ranks, which `load` takes from the environment.
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(n_ranks)
-    try:
-        return load(list(overrides))
-    finally:
-        if before is None:
-            del os.environ["WORLD_SIZE"]
-        else:
-            os.environ["WORLD_SIZE"] = before
 
 
 def _fresh_folder(kind: str) -> Path:

@@ -41,12 +41,13 @@ _WORDS = {
 }
 
 
-def load(argv: list[str]) -> Config:
+def load(argv: list[str], world_size: int | None = None) -> Config:
     """Compose the configuration of a run.
 
     Args:
         argv: overrides `key=value`, group choices `model=small`, `~key` (back to the default) and
             `--config FILE`, a YAML file of values that applies before the overrides.
+        world_size: ranks, on which some defaults depend; what the launcher says if None.
 
     Returns:
         Plain data: no interpolation is left, and defaults that depend on other keys are filled in.
@@ -61,8 +62,10 @@ def load(argv: list[str]) -> Config:
     config = _checked(values, problems)
     if problems or config is None:
         raise ConfigError(problems)
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    fill_defaults(config, int(world_size) if re.fullmatch("[0-9]{1,9}", world_size) else 1)
+    if world_size is None:
+        said = os.environ.get("WORLD_SIZE", "1")
+        world_size = int(said) if re.fullmatch("[0-9]{1,9}", said) else 1
+    fill_defaults(config, world_size)
     return config
 
 

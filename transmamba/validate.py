@@ -37,7 +37,7 @@ def validate(config: Config, environ: Mapping[str, str]) -> None:
     problems += _optim_problems(config)
     problems += _wandb_problems(config, environ)
     if not any(problem.key.startswith("model.") for problem in problems):
-        problems += _parallel_problems(config, world)
+        problems += layout_problems(config, world)
     if not problems:
         problems += data_problems(config)
     if not any(problem.key.startswith(("data.", "model.", "run.")) for problem in problems):
@@ -209,7 +209,8 @@ def _wandb_problems(config: Config, environ: Mapping[str, str]) -> Problems:
         yield Problem("wandb.mode", "online needs a key and none is configured", "online", fix)
 
 
-def _parallel_problems(config: Config, world: int) -> Problems:
+def layout_problems(config: Config, world: int) -> Problems:
+    """What keeps `world` ranks from sharing the model and the batch as the configuration says."""
     parallel, train, model = config.parallel, config.train, config.model
     tp, pp, cp = parallel.tp, parallel.pp, parallel.cp
     kinds = set(layer_kinds(model))

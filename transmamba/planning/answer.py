@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ from transmamba.plan import Plan, make_plan, print_plan, token_shares, vocab_row
 from transmamba.plan_parallel import plan_stages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transmamba.corpus import Corpus
     from transmamba.planning.forecast import Forecast
     from transmamba.planning.search import Search
@@ -81,8 +78,7 @@ def _valid_config(overrides: list[str], gpus: int | None) -> tuple[Config, list[
     from transmamba.compose import load
     from transmamba.validate import validate
 
-    with _ranks(gpus):
-        config = load(overrides)
+    config = load(overrides, gpus)
     # Without a launcher the layout says how many ranks there are.
     parallel = config.parallel
     ranks = {"WORLD_SIZE": str(gpus or parallel.tp * parallel.pp * parallel.cp), "RANK": "0"}
@@ -95,21 +91,6 @@ def _valid_config(overrides: list[str], gpus: int | None) -> tuple[Config, list[
             raise
         return config, [f"here, {problem.key}: {problem.problem}" for problem in elsewhere], int(ranks["WORLD_SIZE"])
     return config, [], int(environ["WORLD_SIZE"])
-
-
-@contextmanager
-def _ranks(gpus: int | None) -> "Iterator[None]":
-    """What a launcher would say, for the defaults that depend on the number of ranks."""
-    before = os.environ.get("WORLD_SIZE")
-    if gpus is not None:
-        os.environ["WORLD_SIZE"] = str(gpus)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("WORLD_SIZE", None)
-        else:
-            os.environ["WORLD_SIZE"] = before
 
 
 def _budget(tokens: str | None) -> int | None:

@@ -140,7 +140,7 @@ def _valid(config: Config, gpus: int) -> Iterator[dict[str, Any]]:
 
 def _is_valid(config: Config, choice: dict[str, Any], gpus: int) -> bool:
     _choose(config, choice)
-    return next(validate._parallel_problems(config, gpus), None) is None
+    return next(validate.layout_problems(config, gpus), None) is None
 
 
 def _choose(config: Config, choice: dict[str, Any]) -> None:
