@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import final_state
+from tests.integration.ranks import living, signal_rank
 from tests.integration.test_watchdog import ROOT, how_slow, until
-from transmamba.heartbeat import Word, open_page
 from transmamba.metrics import read_metrics
 
 N_RANKS = 4
@@ -63,26 +63,11 @@ class TorchrunJob:
             assert self.torchrun.poll() is None and time.monotonic() < deadline, self.said()
             time.sleep(0.05)
 
-    def signal_rank(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to one rank alone."""
-        os.kill(open_page(self.folder / "logs" / f"heartbeat-rank{rank:05d}")[Word.PID], number)
-
     def seconds_to_the_end(self, patience_s: float = 120.0) -> float:
         """From now until no process of the job is left."""
         started = time.monotonic()
-        until(lambda: self.torchrun.poll() is not None and not self.living(), patience_s)
+        until(lambda: self.torchrun.poll() is not None and not living(self.folder), patience_s)
         return time.monotonic() - started
-
-    def living(self) -> list[int]:
-        """Pids of all its processes: each has the run folder among its arguments."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and str(self.folder).encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
 
     def record(self, name: str) -> dict[str, Any]:
         """A JSON file of the run folder."""
@@ -108,7 +93,7 @@ def launch(corpus: Path, tmp_path: Path) -> Iterator[Launch]:
 
     yield begin
     for job in jobs:
-        for pid in job.living():
+        for pid in living(job.folder):
             os.kill(pid, signal.SIGKILL)
         job.torchrun.wait()
 
@@ -128,7 +113,7 @@ def kill_one(job: TorchrunJob, n_steps: int) -> None:
     """Kill a random rank after so many steps; the others must be gone within five seconds."""
     job.wait_for_steps(n_steps)
     victim, slow = random.Random().randrange(N_RANKS), how_slow()
-    job.signal_rank(victim, signal.SIGKILL)
+    signal_rank(job.folder, victim, signal.SIGKILL)
     seconds = job.seconds_to_the_end()
     print(f"gone {seconds:.1f} s after the death of rank {victim} (machine {slow:.1f} times slower than idle)")
     assert seconds < 5 * slow, f"gone after {seconds:.1f} s, on a machine {slow:.1f} times slower than idle"
@@ -150,7 +135,7 @@ def test_after_a_death_the_same_command_goes_on_to_the_end(launch: Launch) -> No
     assert "continues step-" in job.said()
     assert [record["step"] for record in read_metrics(job.folder)] == list(range(1, 21))
     assert job.record("exit.json")["code"] == 0 and final_state(job.folder).step == 20
-    until(lambda: not job.living(), 10)
+    until(lambda: not living(job.folder), 10)
     assert not (job.folder / "verdict.json").exists()
 
 
@@ -159,7 +144,7 @@ def test_a_stopped_rank_is_found_by_its_silence(launch: Launch) -> None:
     job = launch("train.steps=10000", f"watchdog.limit_s={LIMIT_S}")
     job.wait_for_steps(2)
     victim, slow = random.Random().randrange(N_RANKS), how_slow()
-    job.signal_rank(victim, signal.SIGSTOP)
+    signal_rank(job.folder, victim, signal.SIGSTOP)
     seconds = job.seconds_to_the_end()
     print(f"gone {seconds:.1f} s after rank {victim} stopped (machine {slow:.1f} times slower than idle)")
     assert seconds < LIMIT_S + 10 * slow, f"gone after {seconds:.1f} s, on a machine {slow:.1f} times slower than idle"
@@ -188,7 +173,7 @@ def test_a_bug_on_one_rank_is_told_in_its_log_and_ends_the_job(launch: Launch, t
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, launch: Launch) -> None:
     job = launch("train.steps=10000", "checkpoint.every=10000")
     job.wait_for_steps(3)
-    job.signal_rank(rank, signal.SIGTERM)
+    signal_rank(job.folder, rank, signal.SIGTERM)
     seconds = job.seconds_to_the_end()
     print(f"gone {seconds:.1f} s after SIGTERM to rank {rank}")
     record = job.record("exit.json")

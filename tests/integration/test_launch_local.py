@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import final_state
+from tests.integration.ranks import living, signal_rank
 from tests.integration.test_faults import SMALL
 from tests.integration.test_watchdog import ROOT, how_slow, until
 from transmamba.data_pipeline.manifest import load_manifest
-from transmamba.heartbeat import Word, open_page
 from transmamba.launch import local
 from transmamba.metrics import read_metrics
 
@@ -74,27 +74,12 @@ class Launched:
             assert self.process.poll() is None and time.monotonic() < deadline, self.process.communicate()
             time.sleep(0.05)
 
-    def signal_rank(self, rank: int, number: signal.Signals) -> None:
-        """Signal one rank alone."""
-        os.kill(open_page(self.folder / "logs" / f"heartbeat-rank{rank:05d}")[Word.PID], number)
-
     def end(self, patience_s: float = 250.0) -> tuple[int, float]:
         """The exit code, and the seconds from now until no process of the run is left."""
         started = time.monotonic()
         self.said, _ = self.process.communicate(timeout=patience_s)
-        until(lambda: not self.living(), 30)
+        until(lambda: not living(self.folder), 30)
         return self.process.returncode, time.monotonic() - started
-
-    def living(self) -> list[int]:
-        """Pids of all its processes: each has the run folder among its arguments."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and str(self.folder).encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
 
 
 Launch = Callable[..., Launched]
@@ -114,7 +99,7 @@ def launch(corpus: Path, tmp_path: Path) -> Iterator[Launch]:
 
     yield begin
     for job in launched:
-        for pid in job.living():
+        for pid in living(job.folder):
             os.kill(pid, signal.SIGKILL)
         job.process.wait()
 
@@ -127,7 +112,7 @@ def test_a_dead_rank_ends_the_launcher_with_code_31(launch: Launch) -> None:
     job = launch(2)
     job.wait_for_steps(3)
     slow = how_slow()
-    job.signal_rank(1, signal.SIGKILL)
+    signal_rank(job.folder, 1, signal.SIGKILL)
     code, seconds = job.end()
     print(f"gone {seconds:.1f} s after the death (machine {slow:.1f} times slower than idle)")
     assert (code, exit_code(job.folder)) == (31, 31), job.said
@@ -143,7 +128,7 @@ def test_a_dead_rank_ends_the_launcher_with_code_31(launch: Launch) -> None:
 def test_a_dead_rank_is_survived_with_restarts(launch: Launch) -> None:
     job = launch(2, "train.steps=40", options=("--max-restarts", "3"))
     job.wait_for_steps(5)
-    job.signal_rank(0, signal.SIGKILL)
+    signal_rank(job.folder, 0, signal.SIGKILL)
     code, _ = job.end()
     assert code == 0 == exit_code(job.folder), job.said
     assert "restart 1 of at most 3" in job.said and "continues step-" in job.said
@@ -155,7 +140,7 @@ def test_a_stopped_rank_is_found_and_its_stacks_are_on_disk(launch: Launch) -> N
     job = launch(2, f"watchdog.limit_s={LIMIT_S}")
     job.wait_for_steps(3)
     slow = how_slow()
-    job.signal_rank(1, signal.SIGSTOP)
+    signal_rank(job.folder, 1, signal.SIGSTOP)
     code, seconds = job.end()
     print(f"gone {seconds:.1f} s after the stop, limit {LIMIT_S} s (machine {slow:.1f} times slower than idle)")
     assert (code, exit_code(job.folder)) == (30, 30), job.said

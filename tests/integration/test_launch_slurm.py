@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tests.integration.conftest import final_state
+from tests.integration.ranks import signal_rank
 from tests.integration.slurm_cluster import Cluster, why_not
 from tests.integration.test_launch_local import FAULTY, TWO_RANKS
 from tests.integration.test_watchdog import ROOT
-from transmamba.heartbeat import Word, open_page
 from transmamba.launch import slurm
 from transmamba.launch.slurm import SlurmJob, submit
 from transmamba.metrics import read_metrics
@@ -63,10 +63,6 @@ def wait_for_steps(folder: Path, n_steps: int, patience_s: float = 240.0) -> Non
 
 def exit_code(folder: Path) -> int:
     return json.loads((folder / "exit.json").read_text())["code"]
-
-
-def signal_rank(folder: Path, rank: int, number: signal.Signals) -> None:
-    os.kill(open_page(folder / "logs" / f"heartbeat-rank{rank:05d}")[Word.PID], number)
 
 
 @pytest.mark.parametrize("how", ["--batch", "--full"])

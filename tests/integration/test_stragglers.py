@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.integration.conftest import SMALL
+from tests.integration.ranks import signal_rank
 from transmamba.cli import app
-from transmamba.heartbeat import Word, open_page
 from transmamba.stragglers import read_paces
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_a_slow_rank_and_a_dead_rank_are_named(corpus: Path, tmp_path: Path) -> 
         assert about["state"] == "running" and about["heartbeat_s"] < 60
         assert about["stragglers"] == [1], about["paces"]
         assert about["straggler_lines"][0].startswith("rank 1 on ")
-        os.kill(open_page(folder / "logs" / "heartbeat-rank00001")[Word.PID], signal.SIGKILL)
+        signal_rank(folder, 1, signal.SIGKILL)
         job.wait(120)
     finally:
         job.kill()
