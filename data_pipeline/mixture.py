@@ -63,7 +63,7 @@ class Mixture:
         n_windows = sum(stream.n_windows for stream in self._list)
         self._chunk = min(max(n_windows, _LEAST_CHUNK), _MOST_CHUNK)
         self._lookups: dict[int, _Lookup] = {}
-        self._scratch_BT = np.empty((0, 0), dtype=np.uint16)
+        self._dtype = np.result_type(*(stream.store.dtype for stream in self._list))
 
     def rows(self, first: int, count: int) -> Windows:
         """Windows at positions `first` to `first + count`: the same for whoever asks, whenever.
@@ -72,12 +72,8 @@ class Mixture:
             DataError: a source is shorter than one window.
             DamagedData: a block does not match its digest.
         """
-        if self._scratch_BT.shape[0] != count:
-            dtype = np.result_type(*(stream.store.dtype for stream in self._list))
-            self._scratch_BT = np.empty((count, self.seq_len + 1), dtype=dtype)
         # The document ends are searched in the narrow tokens, which is quicker.
-        self._fill(first, self._scratch_BT)
-        return Windows.of_tokens(self._scratch_BT, self.eod_id)
+        return Windows.of_tokens(self._narrow(first, count), self.eod_id)
 
     def tokens(self, first: int, count: int) -> np.ndarray:
         """Only the tokens of these windows: int64 [B, seq_len + 1].
@@ -85,9 +81,7 @@ class Mixture:
         Raises:
             DataError, DamagedData: as `rows`.
         """
-        tokens_BT = np.empty((count, self.seq_len + 1), dtype=np.int64)
-        self._fill(first, tokens_BT)
-        return tokens_BT
+        return self._narrow(first, count).astype(np.int64)
 
     def samples(self, first: int, count: int) -> list[Sample]:
         """The origin of the windows at positions `first` to `first + count`."""
@@ -107,26 +101,27 @@ class Mixture:
         counts = self.blend.counts(n_samples)
         return {name: counts[name] / max(stream.n_windows, 1) for name, stream in self.streams.items()}
 
-    def _fill(self, first: int, out_BT: np.ndarray) -> None:
-        done = 0
-        while done < len(out_BT):
-            index, inside = divmod(first + done, self._chunk)
-            n_rows = min(self._chunk - inside, len(out_BT) - done)
-            self._gather(self._lookup(index), inside, out_BT[done : done + n_rows])
-            done += n_rows
+    def _narrow(self, first: int, count: int) -> np.ndarray:
+        """The tokens of these windows in the stored dtype; of the widest source, if there are several."""
+        parts = []
+        while count:
+            index, inside = divmod(first, self._chunk)
+            n_rows = min(self._chunk - inside, count)
+            parts.append(self._gather(self._lookup(index), inside, n_rows))
+            first, count = first + n_rows, count - n_rows
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _gather(self, lookup: _Lookup, first: int, out_BT: np.ndarray) -> None:
+    def _gather(self, lookup: _Lookup, first: int, count: int) -> np.ndarray:
         if len(self._list) == 1:
             self._list[0].approach(int(lookup.ranks[first]))
-            self._list[0].store.gather(lookup.places.pick(slice(first, first + len(out_BT))), out_BT)
-            return
-        sources_B = lookup.sources[first : first + len(out_BT)]
+            return self._list[0].store.gather(lookup.places.pick(slice(first, first + count)))
+        sources_B = lookup.sources[first : first + count]
+        out_BT = np.empty((count, self.seq_len + 1), dtype=self._dtype)
         for source in np.unique(sources_B).tolist():
             stream, own = self._list[source], np.flatnonzero(sources_B == source)
             stream.approach(int(lookup.ranks[first + own[0]]))
-            own_BT = np.empty((len(own), out_BT.shape[1]), dtype=stream.store.dtype)
-            stream.store.gather(lookup.places.pick(first + own), own_BT)
-            out_BT[own] = own_BT
+            out_BT[own] = stream.store.gather(lookup.places.pick(first + own))
+        return out_BT
 
     def _lookup(self, index: int) -> _Lookup:
         if index < 0:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 _N_ROUNDS = 8
+_Round = Callable[[np.ndarray], np.ndarray]
 # The finalizer of MurmurHash3 (Austin Appleby, public domain).
 _MIX_1, _MIX_2 = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
@@ -85,32 +88,36 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """
     n_bits = max(int(n - 1).bit_length(), 1)
     low_bits = (n_bits + 1) // 2
-    out = _rounds(np.asarray(index, dtype=np.int64), keys, low_bits, n_bits - low_bits)
+    rounds = [partial(_mix, key=key) for key in keys]
+    if 1 << low_bits <= len(index):
+        # Halves have fewer values than there are numbers: all rounds are looked up.
+        rounds = [mix(np.arange(1 << low_bits)).take for mix in rounds]
+    out = _permute_bits(np.asarray(index, dtype=np.int64), rounds, low_bits, n_bits - low_bits)
     outside = np.flatnonzero(out >= n)
     while len(outside):
         # What landed between n and the power of two goes round again until it lands inside.
-        moved = _rounds(out[outside], keys, low_bits, n_bits - low_bits)
+        moved = _permute_bits(out[outside], rounds, low_bits, n_bits - low_bits)
         out[outside] = moved
         outside = outside[moved >= n]
     return out
 
 
-def _rounds(numbers: np.ndarray, keys: np.ndarray, low_bits: int, high_bits: int) -> np.ndarray:
-    low_mask, high_mask = np.uint32((1 << low_bits) - 1), np.uint32((1 << high_bits) - 1)
-    low, high = numbers.astype(np.uint32) & low_mask, (numbers >> low_bits).astype(np.uint32)
-    for i, key in enumerate(keys):
+def _permute_bits(numbers: np.ndarray, rounds: Sequence[_Round], low_bits: int, high_bits: int) -> np.ndarray:
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << high_bits) - 1
+    low, high = numbers & low_mask, numbers >> low_bits
+    for i, mix in enumerate(rounds):
         if i % 2 == 0:
-            low ^= _mix(high, key) & low_mask
+            low ^= mix(high) & low_mask
         else:
-            high ^= _mix(low, key) & high_mask
-    return (high.astype(np.int64) << low_bits) | low
+            high ^= mix(low) & high_mask
+    return (high << low_bits) | low
 
 
 def _mix(half: np.ndarray, key: np.uint32) -> np.ndarray:
-    mixed = half ^ key
+    mixed = half.astype(np.uint32) ^ key
     mixed ^= mixed >> np.uint32(16)
     mixed *= _MIX_1
     mixed ^= mixed >> np.uint32(13)
     mixed *= _MIX_2
     mixed ^= mixed >> np.uint32(16)
-    return mixed
+    return mixed.astype(np.int64)

@@ -249,13 +249,13 @@ class CachedStore(TokenStore):
         self._name, self._copies = split, files
         self._wanted: tuple[Sequence[int], Sequence[int]] = ((), ())
 
-    def gather(self, places: Places, out_BT: np.ndarray) -> None:
+    def gather(self, places: Places) -> np.ndarray:
         """As `TokenStore`."""
         try:
-            super().gather(places, out_BT)
+            return super().gather(places)
         except DamagedData:
             self._renew()
-            super().gather(places, out_BT)
+            return super().gather(places)
 
     def starts(self, start: int, stop: int) -> np.ndarray:
         """As `TokenStore`."""

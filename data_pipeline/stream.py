@@ -119,9 +119,7 @@ class Stream:
         Raises:
             DamagedData: a block does not match its digest.
         """
-        out_BT = np.empty((len(numbers_B), self.seq_len + 1), dtype=self.store.dtype)
-        self.store.gather(self.locate(numbers_B), out_BT)
-        return out_BT
+        return self.store.gather(self.locate(numbers_B))
 
     def locate(self, numbers_B: np.ndarray) -> Places:
         """Where whole windows lie."""
@@ -149,7 +147,8 @@ class Stream:
             raise ValueError(f"windows {first} to {first + count} are outside 0 to {self.n_sequential_windows}")
         n_whole = min(first + count, self.n_windows) - first
         tokens_BT = np.full((count, self.seq_len + 1), self.store.eod_id, dtype=self.store.dtype)
-        self.store.gather(self.locate(np.arange(first, first + n_whole)), tokens_BT[:n_whole])
+        if n_whole:
+            tokens_BT[:n_whole] = self.tokens(np.arange(first, first + n_whole))
         n_real = self.store.n_tokens - self.n_windows * self.seq_len
         if n_whole < count:
             tokens_BT[-1, :n_real] = self.store.read(self.store.n_tokens - n_real, self.store.n_tokens)

@@ -20,15 +20,17 @@ _HEAD, _WHOLE = 1, 2
 
 
 class Places(NamedTuple):
-    """Rows of tokens on disk: first token in the split, shard, row of the table, and index in the shard's map; then how
-    many of the tokens lie in that block, and the index of the rest of them in the next (-1 if they go on elsewhere)."""
+    """Where rows of tokens lie on disk, an entry per row: its first token in the split, its shard and row of the table,
+    the bytes of the shard that its first block holds of it, the tokens that then are left, and where in the shard the
+    next block holds them (-1 if they go on elsewhere)."""
 
     starts: np.ndarray
     shards: np.ndarray
     rows: np.ndarray
-    firsts: np.ndarray
-    heads: np.ndarray
-    nexts: np.ndarray
+    first_bytes: np.ndarray
+    end_bytes: np.ndarray
+    left: np.ndarray
+    next_bytes: np.ndarray
 
     def pick(self, indices: np.ndarray | slice) -> Places:
         """These of them, in this order."""
@@ -90,11 +92,10 @@ class TokenStore:
         self._table_path = manifest.folder / blocks_name(split)
         self._table: np.ndarray | None = None
         self._verified = np.zeros(int(self._first_rows[-1]), dtype=np.uint8)
-        self._checked_rows = bytearray(len(shards))
-        # Shard files as arrays of token ids; blocks are ranges of them. A window that ends in another shard
-        # needs only the head of that one.
-        self._maps: dict[int, np.ndarray] = {}
-        self._heads: dict[int, np.ndarray] = {}
+        self._checked_rows = np.zeros(len(shards), dtype=bool)
+        # Shard files; blocks are ranges of them. A window that ends in another shard needs only the head of that one.
+        self._maps: dict[int, memoryview] = {}
+        self._heads: dict[int, memoryview] = {}
 
     @property
     def shard_first_tokens(self) -> np.ndarray:
@@ -110,10 +111,9 @@ class TokenStore:
         """
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f"tokens {start} to {stop} are outside 0 to {self.n_tokens}")
-        out_BT = np.empty((1, stop - start), dtype=self.dtype)
-        if start < stop:
-            self.gather(self.locate(np.array([start], dtype=np.int64), stop - start), out_BT)
-        return out_BT[0]
+        if start == stop:
+            return np.empty(0, dtype=self.dtype)
+        return self.gather(self.locate(np.array([start], dtype=np.int64), stop - start))[0]
 
     def locate(self, starts_B: np.ndarray, length: int) -> Places:
         """Where the `length` tokens from each start lie; reads the table of blocks and no token.
@@ -128,34 +128,34 @@ class TokenStore:
         shards_B = np.searchsorted(self._first_tokens, starts_B, side="right") - 1
         blocks_B, inside_B = np.divmod(starts_B - self._first_tokens[shards_B], self.manifest.block_tokens)
         rows_B = self._first_rows[shards_B] + blocks_B
-        for shard in np.unique(shards_B).tolist():
+        for shard in set(shards_B[~self._checked_rows[shards_B]].tolist()):
             self._check_rows(shard)
         table, width = self._rows(), self.dtype.itemsize
-        firsts_B = inside_B + (table["tokens_offset"][rows_B] // width).astype(np.int64)
+        offsets = table["tokens_offset"]
+        first_bytes_B = offsets[rows_B].astype(np.int64) + width * inside_B
         heads_B = np.minimum(table["n_tokens"][rows_B].astype(np.int64) - inside_B, length)
         following_B = np.minimum(rows_B + 1, self._first_rows[shards_B + 1] - 1)
-        nexts_B = (table["tokens_offset"][following_B] // width).astype(np.int64)
-        nexts_B[(following_B == rows_B) | (length - heads_B > table["n_tokens"][following_B])] = -1
-        return Places(starts_B, shards_B, rows_B, firsts_B, heads_B, nexts_B)
+        next_bytes_B = offsets[following_B].astype(np.int64)
+        next_bytes_B[(following_B == rows_B) | (length - heads_B > table["n_tokens"][following_B])] = -1
+        end_bytes_B = first_bytes_B + width * heads_B
+        return Places(starts_B, shards_B, rows_B, first_bytes_B, end_bytes_B, length - heads_B, next_bytes_B)
 
-    def gather(self, places: Places, out_BT: np.ndarray) -> None:
-        """Copy the tokens of the places into the rows of `out_BT`, which is contiguous.
+    def gather(self, places: Places) -> np.ndarray:
+        """Copy the tokens of rows, in the stored dtype: [B, the length they were located with].
 
         Raises:
             DamagedData: a block does not match its digest.
         """
-        n_rows, length = out_BT.shape
-        if not n_rows:
-            return
-        simple_B = (places.heads == length) & (self._verified[places.rows] == _WHOLE)
-        others = {i: self._pieces_of(places, i, length) for i in np.flatnonzero(~simple_B).tolist()}
+        for row in set(places.rows[self._verified[places.rows] != _WHOLE].tolist()):
+            self._block(row, whole=True)
         maps = self._maps
-        shards, firsts = places.shards.tolist(), places.firsts.tolist()
-        pieces = [maps[shard][first : first + length] for shard, first in zip(shards, firsts, strict=True)]
-        for i in reversed(others):
-            pieces[i : i + 1] = others[i]
-        # One copy for all rows: quicker than row by row.
-        np.concatenate(pieces, out=out_BT.reshape(-1))
+        spans = zip(places.shards.tolist(), places.first_bytes.tolist(), places.end_bytes.tolist(), strict=True)
+        pieces = [maps[shard][first:end] for shard, first, end in spans]
+        # A row that goes on in the next block has a member's header between its parts.
+        for i in reversed(places.left.nonzero()[0].tolist()):
+            pieces[i + 1 : i + 1] = self._rest(places, i)
+        # Joining bytes costs a fraction of what NumPy takes to concatenate as many arrays.
+        return np.frombuffer(bytearray().join(pieces), dtype=self.dtype).reshape(len(places.rows), -1)
 
     def starts(self, start: int, stop: int) -> np.ndarray:
         """Positions of the document starts in `start` to `stop` (exclusive) as the shards record them: int64.
@@ -186,22 +186,23 @@ class TokenStore:
         shards = self.split.shards
         self.files.expect([shards[i] for i in now], [shards[i] for i in soon])
 
-    def _pieces_of(self, places: Places, i: int, length: int) -> list[np.ndarray]:
-        """The tokens of a row that is in two blocks, or in blocks that were not verified yet."""
-        row, following = int(places.rows[i]), int(places.nexts[i])
-        if following < 0 or self._verified[row] != _WHOLE or self._verified[row + 1] != _WHOLE:
-            return self._pieces(int(places.shards[i]), int(places.starts[i]), length)
-        tokens, first, head = self._maps[int(places.shards[i])], int(places.firsts[i]), int(places.heads[i])
-        return [tokens[first : first + head], tokens[following : following + length - head]]
+    def _rest(self, places: Places, i: int) -> list[memoryview]:
+        """The bytes of a row that follow those in its first block."""
+        shard, following, n_left = places.shards.item(i), places.next_bytes.item(i), places.left.item(i)
+        if following >= 0 and self._verified.item(places.rows.item(i) + 1) == _WHOLE:
+            return [self._maps[shard][following : following + self.dtype.itemsize * n_left]]
+        n_head = (places.end_bytes.item(i) - places.first_bytes.item(i)) // self.dtype.itemsize
+        return self._pieces(shard, places.starts.item(i) + n_head, n_left)
 
-    def _pieces(self, home: int, start: int, length: int) -> list[np.ndarray]:
-        """Tokens from `start` on, block by block, maybe of shards after their `home`; verified."""
+    def _pieces(self, home: int, start: int, length: int) -> list[memoryview]:
+        """Bytes of the tokens from `start` on, block by block, maybe of shards after their `home`; verified."""
         pieces = []
         while length:
             shard, row, begin = self._locate(start)
             tokens, _ = self._block(row, whole=shard == home)
-            pieces.append(tokens[start - begin :][:length])
-            start, length = start + len(pieces[-1]), length - len(pieces[-1])
+            tokens = tokens[start - begin :][:length]
+            pieces.append(tokens.view(np.uint8).data)
+            start, length = start + len(tokens), length - len(tokens)
         return pieces
 
     def _locate(self, position: int) -> tuple[int, int, int]:
@@ -217,14 +218,15 @@ class TokenStore:
         entry = self._rows()[row]
         first, second = int(entry["tokens_offset"]), int(entry["starts_offset"])
         end, starts_end = first + self.dtype.itemsize * int(entry["n_tokens"]), second + 4 * int(entry["n_starts"])
-        data = self._open(shard, None if whole else max(end, starts_end)).view(np.uint8)
-        tokens, starts = data[first:end], data[second:starts_end]
+        data = self._open(shard, None if whole else max(end, starts_end))
+        tokens = np.frombuffer(data[first:end], dtype=self.dtype)
+        starts = np.frombuffer(data[second:starts_end], dtype=STARTS_DTYPE)
         if not self._verified[row]:
             if block_digest(tokens, starts) != entry["digest"].tobytes():
                 path = self.manifest.folder / self.split.shards[shard].name
                 raise DamagedData(str(path), f"the block at byte {first} does not match its digest", _AGAIN)
             self._verified[row] = _WHOLE if shard in self._maps else _HEAD
-        return tokens.view(self.dtype), starts.view(STARTS_DTYPE)
+        return tokens, starts
 
     def _rows(self) -> np.ndarray:
         if self._table is None:
@@ -235,24 +237,23 @@ class TokenStore:
             self._table = rows
         return self._table
 
-    def _open(self, index: int, n_bytes: int | None = None) -> np.ndarray:
+    def _open(self, index: int, n_bytes: int | None = None) -> memoryview:
         """Map a shard, or its first `n_bytes` at least, and check its part of the table."""
         if index in self._maps:
             return self._maps[index]
-        if n_bytes is not None and index in self._heads and self._heads[index].nbytes >= n_bytes:
+        if n_bytes is not None and index in self._heads and len(self._heads[index]) >= n_bytes:
             return self._heads[index]
         shard = self.split.shards[index]
         path = self.files.path(shard, n_bytes)
         try:
-            # A plain view: slicing np.memmap itself is several times slower.
-            tokens = np.asarray(np.memmap(path, dtype=self.dtype, mode="r"))
-            if n_bytes is None or tokens.nbytes >= shard.n_bytes:
+            data = np.memmap(path, dtype=np.uint8, mode="r").data
+            if n_bytes is None or len(data) >= shard.n_bytes:
                 check_shard(path, shard)
-                self._maps[index] = tokens
-            elif tokens.nbytes >= n_bytes:
-                self._heads[index] = tokens
+                self._maps[index] = data
+            elif len(data) >= n_bytes:
+                self._heads[index] = data
             else:
-                raise DataError(str(path), f"{tokens.nbytes} bytes instead of {n_bytes}", _AGAIN)
+                raise DataError(str(path), f"{len(data)} bytes instead of {n_bytes}", _AGAIN)
         except DataError as error:
             # It was whole when the manifest was read.
             raise DamagedData(error.what, error.problem, error.fix) from error
@@ -260,7 +261,7 @@ class TokenStore:
             raise DamagedData(str(path), f"cannot be mapped ({error})", _AGAIN) from error
         # What was verified before were the bytes of another map.
         self._forget(index)
-        return tokens
+        return data
 
     def _forget(self, index: int) -> None:
         self._verified[self._first_rows[index] : self._first_rows[index + 1]] = 0

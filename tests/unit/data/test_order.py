@@ -72,3 +72,15 @@ def test_a_position_alone_gives_the_same_window_as_in_a_batch(shuffle_shards: in
     whole = order.windows(np.arange(40))
     assert [int(order.windows(np.array([p]))[0]) for p in range(40)] == whole.tolist()
     assert sorted(whole.tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("shuffle_shards", "expected"),
+    [(2, [15324, 23260, 21939, 33679, 285]), ("all", [25166, 11131, 10652, 23723, 16564])],
+)
+def test_the_order_of_a_run_that_has_begun_never_changes(shuffle_shards: int | str, expected: list[int]) -> None:
+    order = EpochOrder(np.array([0, 3000, 3000, 10000, 11000, 40000]), seed=2, epoch=7, shuffle_shards=shuffle_shards)
+    # A run resumed by a later version goes on in the order of the earlier one.
+    positions = [0, 1, 2, 10500, 39999]
+    assert order.windows(np.array(positions)).tolist() == expected
+    assert order.windows(np.arange(40000))[positions].tolist() == expected
