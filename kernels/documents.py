@@ -26,14 +26,29 @@ class PrefixPlan:
         padded_tokens: index into the flattened B * T tokens of every slot.
         tokens: index into the flattened B * T tokens of every real prefix token, each once.
         slots: the slot of each of `tokens`.
-        mask_BT: True where `pos < P`.
     """
 
     buckets: tuple[tuple[int, int], ...]
     padded_tokens: Tensor
     tokens: Tensor
     slots: Tensor
-    mask_BT: Tensor
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """The tokens with `pos < P`, document after document, without padding.
+
+    Attributes:
+        tokens: index into the flattened B * T tokens; None where all of them attend.
+        pos: int64 offset of each of them in its document.
+        edges: int32 index of every document's first one among them, and their number at the end.
+        longest: most tokens of one document.
+    """
+
+    tokens: Tensor | None
+    pos: Tensor
+    edges: Tensor
+    longest: int
 
 
 class Documents:
@@ -68,6 +83,7 @@ class Documents:
         self.start_BT = start_BT.to(torch.int32).contiguous().to(device)
         self.reset_BT = reset_BT.to(device)
         self._prefixes: dict[int, PrefixPlan] = {}
+        self._packed: dict[int, PackedPlan] = {}
         self._edges: dict[int, tuple[list[int], Tensor, Tensor]] = {}
 
     @classmethod
@@ -110,6 +126,23 @@ class Documents:
         if n_prefix not in self._prefixes:
             self._prefixes[n_prefix] = self._plan(n_prefix)
         return self._prefixes[n_prefix]
+
+    def packed(self, P: int | float) -> PackedPlan:
+        """The same tokens for an attention that takes documents of any length in one call. Cached per P."""
+        n_prefix = self._clip(P)
+        if n_prefix not in self._packed:
+            spans = self.spans()
+            sizes = torch.tensor([min(length, n_prefix) for _, _, length in spans], dtype=torch.int32)
+            edges = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+            tokens = None
+            if int(edges[-1]) < self.n_rows * self.n_tokens:
+                firsts = [row * self.n_tokens + start for row, start, _ in spans]
+                parts = [torch.arange(first, first + size) for first, size in zip(firsts, sizes.tolist(), strict=True)]
+                tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *parts]).to(self.device)
+            pos = self.pos_BT.flatten() if tokens is None else self.pos_BT.flatten()[tokens]
+            longest = int(sizes.max()) if spans else 0
+            self._packed[n_prefix] = PackedPlan(tokens, pos, edges.to(self.device), longest)
+        return self._packed[n_prefix]
 
     def first_output(self, P: int | float) -> int:
         """Smallest column, over all rows, with `pos >= P`; `n_tokens` if there is none."""
@@ -157,5 +190,4 @@ class Documents:
             padded_tokens=torch.cat(padded_tokens).to(self.device),
             tokens=torch.cat(tokens).to(self.device),
             slots=torch.cat(slots).to(self.device),
-            mask_BT=self.pos_BT < n_prefix,
         )

@@ -1,16 +1,17 @@
-"""Causal attention inside every document, for its first tokens only, on torch's SDPA."""
+"""Causal attention inside every document, for its first tokens only, on torch's own attention."""
 
 # B batch, T tokens, P prefix, H heads, N key width, V value width.
 
 import math
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from transmamba.kernels.documents import Documents, PrefixPlan
+from transmamba.kernels.attention.gathering import Gathering, Put, Take
+from transmamba.kernels.attention.packed import attend_packed
+from transmamba.kernels.backend import runs_varlen
+from transmamba.kernels.documents import Documents
 from transmamba.kernels.rope import rope
 
 
@@ -26,7 +27,8 @@ def prefix_attention(
 ) -> Tensor:
     """Causal softmax attention inside each document for its tokens with `pos < prefix`.
 
-    Documents of several lengths are batched by padded length; no mask of T x T is ever made.
+    Where torch can (CUDA, 16 bits), several documents are one call without padding; elsewhere they are batched by
+    padded length. No mask of T x T is ever made.
     Source: TransMamba, arXiv 2503.24067, table 1 (the attention reading of the shared weights).
 
     Args:
@@ -52,15 +54,30 @@ def prefix_attention(
     if documents.is_whole:
         P = int(min(max(prefix, 0), documents.n_tokens))
         return _attend(q_BTHN[:, :P], k_BTHN[:, :P], v_BTHV[:, :P], scale, rope_theta)
+    attend = attend_packed if runs_varlen(q_BTHN, v_BTHV) else _attend_padded
+    return attend(q_BTHN, k_BTHN, v_BTHV, documents, prefix, scale, rope_theta)
+
+
+def _attend_padded(
+    q_BTHN: Tensor,
+    k_BTHN: Tensor,
+    v_BTHV: Tensor,
+    documents: Documents,
+    prefix: int | float,
+    scale: float,
+    rope_theta: float | None,
+) -> Tensor:
+    """Prefixes of similar length beside each other, each length a call of SDPA."""
     plan = documents.prefix(prefix)
-    q, k, v = (_Take.apply(stream.flatten(0, 1), plan) for stream in (q_BTHN, k_BTHN, v_BTHV))
+    gathering = Gathering(plan.padded_tokens, plan.tokens, plan.slots)
+    q, k, v = (Take.apply(stream.flatten(0, 1), gathering) for stream in (q_BTHN, k_BTHN, v_BTHV))
     sizes = [n_prefixes * padded for n_prefixes, padded in plan.buckets]
     y = [
         _attend(q_.unflatten(0, bucket), k_.unflatten(0, bucket), v_.unflatten(0, bucket), scale, rope_theta)
         for bucket, q_, k_, v_ in zip(plan.buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     ]
     y_padded = torch.cat([part.flatten(0, 1) for part in y]) if y else v
-    return _Put.apply(y_padded, plan, documents.n_rows * documents.n_tokens).unflatten(0, v_BTHV.shape[:2])
+    return Put.apply(y_padded, gathering, documents.n_rows * documents.n_tokens).unflatten(0, v_BTHV.shape[:2])
 
 
 def _attend(q_BTHN: Tensor, k_BTHN: Tensor, v_BTHV: Tensor, scale: float, rope_theta: float | None) -> Tensor:
@@ -70,47 +87,3 @@ def _attend(q_BTHN: Tensor, k_BTHN: Tensor, v_BTHV: Tensor, scale: float, rope_t
         q_BTHN, k_BTHN = rope(q_BTHN, pos_BT, rope_theta), rope(k_BTHN, pos_BT, rope_theta)
     q, k, v = (stream.transpose(1, 2) for stream in (q_BTHN, k_BTHN, v_BTHV))
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-
-
-class _TakeGrads(NamedTuple):
-    flat: Tensor
-    plan: None = None
-
-
-class _Take(torch.autograd.Function):
-    """Tokens into padded slots. Padding sends no gradient back: the adjoint writes a token at most once."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, plan: PrefixPlan) -> Tensor:
-        ctx.plan, ctx.n_flat = plan, flat.shape[0]
-        return flat.index_select(0, plan.padded_tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> _TakeGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (d_slots,) = grads
-        d_flat = d_slots.new_zeros(ctx.n_flat, *d_slots.shape[1:])
-        return _TakeGrads(d_flat.index_copy_(0, ctx.plan.tokens, d_slots.index_select(0, ctx.plan.slots)))
-
-
-class _PutGrads(NamedTuple):
-    padded: Tensor
-    plan: None = None
-    n_flat: None = None
-
-
-class _Put(torch.autograd.Function):
-    """Padded slots back to tokens; tokens without a slot become 0."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, plan: PrefixPlan, n_flat: int) -> Tensor:
-        ctx.plan, ctx.n_slots = plan, padded.shape[0]
-        flat = padded.new_zeros(n_flat, *padded.shape[1:])
-        return flat.index_copy_(0, plan.tokens, padded.index_select(0, plan.slots))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> _PutGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (d_flat,) = grads
-        d_padded = d_flat.new_zeros(ctx.n_slots, *d_flat.shape[1:])
-        return _PutGrads(d_padded.index_copy_(0, ctx.plan.slots, d_flat.index_select(0, ctx.plan.tokens)))

@@ -54,11 +54,19 @@ def test_bad_starts_are_refused_by_name(starts: list[list[int]], complaint: str)
 @given(packed_rows(), st.one_of(st.integers(0, 100), st.just(math.inf)))
 def test_prefix_plan_holds_every_prefix_token_once(documents: Documents, P: int | float) -> None:
     plan = documents.prefix(P)
-    assert torch.equal(plan.mask_BT, documents.pos_BT < P)
-    assert torch.equal(plan.tokens.sort().values, plan.mask_BT.flatten().nonzero().flatten())
+    attending = (documents.pos_BT < P).flatten().nonzero().flatten()
+    assert torch.equal(plan.tokens.sort().values, attending)
     assert torch.equal(plan.padded_tokens[plan.slots], plan.tokens)
     assert plan.padded_tokens.numel() == sum(n * padded for n, padded in plan.buckets)
     assert documents.prefix(P) is plan
+    packed = documents.packed(P)
+    tokens = torch.arange(documents.pos_BT.numel()) if packed.tokens is None else packed.tokens
+    assert torch.equal(tokens, attending)
+    assert torch.equal(packed.pos, documents.pos_BT.flatten()[attending])
+    sizes = packed.edges.diff()
+    assert packed.longest == int(sizes.max()) and packed.edges.dtype == torch.int32
+    assert torch.equal(packed.pos, torch.cat([torch.arange(size) for size in sizes.tolist()]))
+    assert documents.packed(P) is packed
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
