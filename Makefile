@@ -1,7 +1,9 @@
-# The README's commands. Each target sets up .venv when it is missing or older than the lock file.
+# The README's commands. Each target sets up .venv when it is missing or older than the lock file; with `VENV=` it installs
+# nothing and runs in the environment of $(PYTHON), for images that bring their own torch.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUN := $(if $(VENV),$(BIN)/python,$(PYTHON))
 ARGS ?=
 TESTS ?= tests
 
@@ -14,34 +16,34 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@touch $@
 
 .PHONY: setup train test test-long lint bench gpu-kernels gpu-layer gpu-model
-setup: $(VENV)/.ready
+setup: $(if $(VENV),$(VENV)/.ready)
 
 train: setup
-	@$(BIN)/python -m transmamba.train $(ARGS)
+	@$(RUN) -m transmamba.train $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long and not gpu" $(TESTS)
+	@$(RUN) -m pytest -n 2 --dist loadgroup -m "not long and not gpu" $(TESTS)
 
 test-long: setup
-	@$(BIN)/python -m pytest -m "long and not gpu" --timeout 1800 $(TESTS)
+	@$(RUN) -m pytest -m "long and not gpu" --timeout 1800 $(TESTS)
 
 lint: setup
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m pyright
 
 # On a machine with a GPU: every kernel against float64, then the scan beside its peers (PEERS="--mamba-ssm DIR --fla DIR").
 gpu-kernels: setup
-	@$(BIN)/transmamba doctor --kernels
-	@$(BIN)/transmamba bench kernels --budget-s 360 $(PEERS)
+	@$(RUN) -m transmamba doctor --kernels
+	@$(RUN) -m transmamba bench kernels --budget-s 360 $(PEERS)
 
 # Layers and whole models of the 1.5B preset; each goes on where it was stopped.
 gpu-layer: setup
-	@$(BIN)/transmamba bench layer --budget-s 480
+	@$(RUN) -m transmamba bench layer --budget-s 480
 
 gpu-model: setup
-	@$(BIN)/transmamba bench model --budget-s 480
+	@$(RUN) -m transmamba bench model --budget-s 480
 
 bench: setup
-	@$(BIN)/transmamba bench kernels
-	@$(BIN)/transmamba bench step
+	@$(RUN) -m transmamba bench kernels
+	@$(RUN) -m transmamba bench step

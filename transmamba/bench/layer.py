@@ -109,9 +109,9 @@ def _prediction(model: ModelConfig, shape: tuple[int, int], device: torch.device
     q, k, v = (torch.randn(sizes, device=device, dtype=_dtype(device), requires_grad=True) for _ in range(3))
     dt_BTH = softplus(torch.randn(n_rows, length, model.n_heads, device=device) - 4)
     decay_H = -torch.exp(torch.rand(model.n_heads, device=device))
+    documents = Documents.whole(n_rows, at, device)
 
     def attend() -> Any:
-        documents = Documents.whole(n_rows, at, device)
         y = prefix_attention(q[:, :at], k[:, :at], v[:, :at], documents, math.inf)
         return torch.autograd.grad(y, [q, k, v], y.detach())
 
