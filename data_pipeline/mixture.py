@@ -6,7 +6,10 @@ B windows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +21,13 @@ from transmamba.data_pipeline.tokens import Places
 # Positions that are looked up at once, at least and at most: a permutation costs about as much for one as for
 # hundreds, but an epoch of few windows needs one of its own.
 _LEAST_CHUNK, _MOST_CHUNK = 16, 16384
+
+
+class Length(NamedTuple):
+    """Windows have `seq_len` tokens from sample `first` on."""
+
+    first: int
+    seq_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +60,60 @@ class Mixture:
         streams: by name, all of the same seq_len and tokenizer.
         stages: their blend; not given, the only stream.
 
+    Attributes:
+        first: the sample that windows of this length begin with.
+
     Raises:
         DataError: the blend is unusable.
     """
 
     def __init__(self, streams: Mapping[str, Stream], stages: Sequence[Stage] = ()) -> None:
+        self.blend = Blend(sorted(streams), stages or [Stage(0, dict.fromkeys(streams, 1.0))])
+        self._read_from(streams, 0, [0] * len(streams))
+
+    def _read_from(self, streams: Mapping[str, Stream], first: int, positions: Sequence[int]) -> None:
+        """Begin with sample `first`, and in every source at a position of its order."""
+        self.first = first
         self.streams = dict(sorted(streams.items()))
         self._list = list(self.streams.values())
         self.seq_len = self._list[0].seq_len
         self.eod_id = self._list[0].store.eod_id
-        self.blend = Blend(list(self.streams), stages or [Stage(0, dict.fromkeys(self.streams, 1.0))])
         n_windows = sum(stream.n_windows for stream in self._list)
         self._chunk = min(max(n_windows, _LEAST_CHUNK), _MOST_CHUNK)
         self._lookups: dict[int, _Lookup] = {}
         self._dtype = np.result_type(*(stream.store.dtype for stream in self._list))
+        # What the blend counts from sample 0 on lies so much further in a source's order.
+        self._ahead = np.array(positions, dtype=np.int64) - self._counts(first)
+
+    def following(self, lengths: Sequence[Length]) -> Mixture:
+        """The same data in windows of the last length, for a run whose windows had these lengths one after the other.
+
+        Sources and their shares stay what they are for every sample; each source goes on in its order of the new
+        windows where `Stream.position_after` says. Samples before the last length's first are out of reach.
+
+        Args:
+            lengths: the first begins at sample 0, the others later and later.
+
+        Raises:
+            DataError: a source was shorter than one of these windows.
+        """
+        streams, positions = self._in_windows_of(lengths[0].seq_len), [0] * len(self.streams)
+        for before, now in pairwise(lengths):
+            read = self._counts(now.first) - self._counts(before.first)
+            streams = self._in_windows_of(now.seq_len)
+            positions = [
+                stream.position_after(position + n_windows, before.seq_len)
+                for stream, position, n_windows in zip(streams.values(), positions, read.tolist(), strict=True)
+            ]
+        other = copy(self)
+        other._read_from(streams, lengths[-1].first, positions)
+        return other
+
+    def _in_windows_of(self, seq_len: int) -> dict[str, Stream]:
+        return {name: stream.in_windows_of(seq_len) for name, stream in self.streams.items()}
+
+    def _counts(self, n_samples: int) -> np.ndarray:
+        return np.array(list(self.blend.counts(n_samples).values()), dtype=np.int64)
 
     def rows(self, first: int, count: int) -> Windows:
         """Windows at positions `first` to `first + count`: the same for whoever asks, whenever.
@@ -87,7 +137,8 @@ class Mixture:
         """The origin of the windows at positions `first` to `first + count`."""
         found = []
         for position in range(first, first + count):
-            lookup, i = self._lookup(position // self._chunk), position % self._chunk
+            index, i = divmod(position - self.first, self._chunk)
+            lookup = self._lookup(index)
             source, number = int(lookup.sources[i]), int(lookup.numbers[i])
             stream = self._list[source]
             shard = int(lookup.places.shards[i])
@@ -96,16 +147,24 @@ class Mixture:
             found.append(Sample(position, self.blend.sources[source], epoch, number, name, token))
         return found
 
+    def at(self, positions_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source of the sample at each position, and its position in that source's own order: int64 [B] each."""
+        if len(self._list) == 1:
+            return np.zeros_like(positions_B), positions_B + self._ahead[0]
+        sources_B, ranks_B = self.blend.at(positions_B)
+        return sources_B, ranks_B + self._ahead[sources_B]
+
     def epochs(self, n_samples: int) -> dict[str, float]:
-        """How often each source is passed over by the first `n_samples`."""
-        counts = self.blend.counts(n_samples)
-        return {name: counts[name] / max(stream.n_windows, 1) for name, stream in self.streams.items()}
+        """How often each source is passed over by the first `n_samples`, which is `first` or more."""
+        positions = (self._counts(n_samples) + self._ahead).tolist()
+        named = zip(self.streams.items(), positions, strict=True)
+        return {name: position / max(stream.n_windows, 1) for (name, stream), position in named}
 
     def _narrow(self, first: int, count: int) -> np.ndarray:
         """The tokens of these windows in the stored dtype; of the widest source, if there are several."""
         parts = []
         while count:
-            index, inside = divmod(first, self._chunk)
+            index, inside = divmod(first - self.first, self._chunk)
             n_rows = min(self._chunk - inside, count)
             parts.append(self._gather(self._lookup(index), inside, n_rows))
             first, count = first + n_rows, count - n_rows
@@ -125,15 +184,12 @@ class Mixture:
 
     def _lookup(self, index: int) -> _Lookup:
         if index < 0:
-            raise ValueError("a position may not be negative")
+            raise ValueError(f"a position may not be negative, nor before sample {self.first}")
         if index not in self._lookups:
-            positions = np.arange(index * self._chunk, (index + 1) * self._chunk)
-            if len(self._list) == 1:
-                sources, ranks = np.zeros_like(positions), positions
-                numbers, places = self._locate(0, ranks)
-            else:
-                sources, ranks = self.blend.at(positions)
-                numbers, places = self._locate_all(sources, ranks)
+            positions = self.first + np.arange(index * self._chunk, (index + 1) * self._chunk)
+            sources, ranks = self.at(positions)
+            is_alone = len(self._list) == 1
+            numbers, places = self._locate(0, ranks) if is_alone else self._locate_all(sources, ranks)
             self._lookups = {known: found for known, found in self._lookups.items() if abs(known - index) == 1}
             self._lookups[index] = _Lookup(sources, ranks, numbers, places)
         return self._lookups[index]

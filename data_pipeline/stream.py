@@ -69,10 +69,10 @@ class Stream:
         self.seq_len = seq_len
         self.seed = seed
         self.shuffle_shards = shuffle_shards
-        n_targets = max(store.n_tokens - 1, 0)
-        self.n_windows = n_targets // seq_len
-        self.n_dropped_tokens = n_targets - self.n_windows * seq_len
-        self.n_sequential_windows = -(-n_targets // seq_len)
+        self._n_targets = max(store.n_tokens - 1, 0)
+        self.n_windows = self._n_targets // seq_len
+        self.n_dropped_tokens = self._n_targets - self.n_windows * seq_len
+        self.n_sequential_windows = -(-self._n_targets // seq_len)
         # A window belongs to the shard that holds its first token.
         owned = -(-store.shard_first_tokens // seq_len)
         self._first_windows = np.minimum(owned, self.n_windows)
@@ -124,6 +124,27 @@ class Stream:
     def locate(self, numbers_B: np.ndarray) -> Places:
         """Where whole windows lie."""
         return self.store.locate(numbers_B * self.seq_len, self.seq_len + 1)
+
+    def in_windows_of(self, seq_len: int) -> Stream:
+        """The same tokens and seed in windows of another length, whose order is one of its own."""
+        return Stream(self.store, seq_len=seq_len, seed=self.seed, shuffle_shards=self.shuffle_shards)
+
+    def position_after(self, position: int, seq_len: int) -> int:
+        """Where this order goes on when windows of `seq_len` tokens were read up to `position` of theirs.
+
+        In the same epoch, behind as many of its tokens: the first position that does not lie before them, so no token
+        is counted twice and the epoch ends where it should. At most, a window's worth of tokens is left out.
+
+        Raises:
+            DataError: the split is shorter than one window of `seq_len`.
+        """
+        if position == 0:
+            return 0
+        if self._n_targets < seq_len:
+            problem = f"{self.store.n_tokens} tokens are less than one window of {seq_len + 1}"
+            raise DataError("data.seq_len", problem, "use the data that was trained on")
+        epoch, inside = divmod(position, self._n_targets // seq_len)
+        return epoch * self.n_windows + min(-(-inside * seq_len // self.seq_len), self.n_windows)
 
     def approach(self, position: int) -> None:
         """Let the store prepare for a position of the training order and what comes after it."""

@@ -23,6 +23,8 @@ from transmamba.kernels.cross_entropy.reference import cross_entropy_reference
 from transmamba.kernels.documents import Documents
 from transmamba.kernels.gated_norm import gated_rms_norm
 from transmamba.kernels.gated_norm.reference import gated_rms_norm_reference
+from transmamba.kernels.rope import rope_qk
+from transmamba.kernels.rope.reference import rope_qk_reference
 from transmamba.kernels.ssd import ssd_scan
 from transmamba.kernels.ssd.reference import scan_loop
 
@@ -125,6 +127,18 @@ def _norm_inputs(shape: Shape, dtype: torch.dtype, device: Device, gate: str) ->
     if gate == "some":
         tensors["gate_BT"] = torch.rand(shape[:2], device=device) > 0.4
     return tensors, {}
+
+
+def _rope_inputs(shape: Shape, dtype: torch.dtype, device: Device, time_first: bool) -> Inputs:
+    n_rows, n_tokens, n_heads, width = shape
+    sizes = (n_tokens, n_rows) if time_first else (n_rows, n_tokens)
+    # as the layer has them: two thirds of every head's row
+    qkv = torch.randn(*sizes, n_heads, 3 * width, device=device).to(dtype)
+    pos = torch.randint(131_072, sizes, device=device)
+    if time_first:
+        qkv, pos = qkv.transpose(0, 1), pos.T
+    q_BTHN, k_BTHN, _ = qkv.chunk(3, dim=-1)
+    return {"q_BTHN": q_BTHN, "k_BTHN": k_BTHN, "pos_BT": pos}, {}
 
 
 def _documents(n_rows: int, n_tokens: int, device: Device) -> Documents:
@@ -234,6 +248,16 @@ OPERATIONS = (
         flags=({"gate": "all"}, {"gate": "some"}, {"gate": "none"}),
         small=(3, 25, 3, 20),
         large=((2, 600, 16, 64), (2, 600, 8, 128)),
+        training=((8, 8192, 32, 64), (8, 8192, 16, 128)),
+    ),
+    Operation(
+        name="rope",
+        op=rope_qk,
+        reference=rope_qk_reference,
+        make=_rope_inputs,
+        flags=({"time_first": False}, {"time_first": True}),
+        small=(3, 25, 3, 20),
+        large=((2, 600, 16, 64), (2, 600, 7, 96)),
         training=((8, 8192, 32, 64), (8, 8192, 16, 128)),
     ),
     Operation(

@@ -1,7 +1,8 @@
 """Count what a GPU would be asked to do: kernel launches, and the tensor bytes that each must touch, without one.
 
 `recorded()` runs code on `meta` tensors and writes down its Triton launches and torch calls instead of running them.
-`python -m transmamba.kernels.launches` prints the scan beside the same scan of mamba-ssm and of flash-linear-attention.
+`python -m transmamba.kernels.launches` prints the scan beside the same scan of mamba-ssm and of flash-linear-attention,
+and the rotation of queries and keys beside the torch code of it.
 
 The bytes count every distinct tensor of a launch once. They stand for memory traffic, blind to caches between
 launches and to a kernel that reads a tensor twice.
@@ -36,6 +37,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from transmamba.kernels import backend
+from transmamba.kernels.rope import rope, rope_qk
 from transmamba.kernels.ssd import ssd_scan
 
 # Calls of torch that allocate or relabel memory; views are known by their schema.
@@ -49,6 +51,7 @@ SHAPES = (  # H, G, N, V
     (16, 16, 128, 128),
     (32, 1, 128, 64),
 )
+ROPE_SHAPES = ((32, 64), (16, 128))  # H, N
 # An operation and its inputs, for the sizes H, G, N, V.
 Contestant = Callable[[int, int, int, int], tuple[Callable[..., Any], dict[str, Tensor]]]
 
@@ -247,23 +250,31 @@ def rows(counted: dict[str, Contestant]) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 yield row | {"missing": str(error)}
                 continue
-            token_heads = N_ROWS * N_TOKENS * sizes[0]
-            for part, launches in zip(("forward", "backward"), forward_backward(op, inputs), strict=True):
-                size = sum(launch.n_bytes for launch in launches) / token_heads
-                names = [f"{launch.name}{'' if launch.kernel else ' (torch)'}" for launch in launches]
-                row[part] = {"launches": len(launches), "bytes_per_token_head": round(size, 1), "names": names}
-            yield row
+            yield row | _parts(op, inputs, sizes[0])
+
+
+def rope_rows() -> Iterator[dict[str, Any]]:
+    """Count forward and backward of the rotation of queries and keys, in one launch and by torch."""
+
+    def in_torch(q_BTHN: Tensor, k_BTHN: Tensor, pos_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(q_BTHN, pos_BT), rope(k_BTHN, pos_BT)
+
+    for n_heads, width in ROPE_SHAPES:
+        q_BTHN, k_BTHN, _ = _stream(n_heads, 3 * width).chunk(3, dim=-1)
+        inputs = {"q_BTHN": q_BTHN, "k_BTHN": k_BTHN, "pos_BT": _stream(dtype=torch.int64)}
+        for name, op in (("rope of q and k", rope_qk), ("the same in torch", in_torch)):
+            yield {"shape": {"H": n_heads, "N": width}, "contestant": name} | _parts(op, inputs, n_heads)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print launches and bytes per token-head of the scan and of its peers."""
+    """Print launches and bytes per token-head of the scan and of its peers, and of rotary positions."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--mamba-ssm", metavar="PATH", help="folder of an unpacked mamba-ssm, if not installed")
     parser.add_argument("--fla", metavar="PATH", help="folder of an unpacked flash-linear-attention, if not installed")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     chosen = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    found = list(rows(contestants(chosen.mamba_ssm, chosen.fla)))
+    found = [*rows(contestants(chosen.mamba_ssm, chosen.fla)), *rope_rows()]
     console.print(_table(found))
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -284,6 +295,16 @@ def _table(found: list[dict[str, Any]]) -> Table:
             cells += [" + ".join(form.format(part) for part in parts), form.format(sum(parts))]
         table.add_row(*cells)
     return table
+
+
+def _parts(op: Callable[..., Any], inputs: dict[str, Tensor], n_heads: int) -> dict[str, dict[str, Any]]:
+    """What forward and backward launch, and the bytes of that per token and head."""
+    parts: dict[str, dict[str, Any]] = {}
+    for part, launches in zip(("forward", "backward"), forward_backward(op, inputs), strict=True):
+        size = sum(launch.n_bytes for launch in launches) / (N_ROWS * N_TOKENS * n_heads)
+        names = [f"{launch.name}{'' if launch.kernel else ' (torch)'}" for launch in launches]
+        parts[part] = {"launches": len(launches), "bytes_per_token_head": round(size, 1), "names": names}
+    return parts
 
 
 def _stream(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transmamba.config import Config, DataConfig, TrainConfig
 from transmamba.data_pipeline.mixture import Mixture
 from transmamba.data_pipeline.stream import Windows
+from transmamba.data_position import data_step_of
 from transmamba.kernels.documents import Documents
 from transmamba.ledger import Ledger
 from transmamba.parallel.topology import Topology
@@ -30,14 +31,6 @@ class MicroBatch(NamedTuple):
     weight_BT: Tensor
     documents: Documents
     transpoints: Sequence[int | float]
-
-
-def data_step_of(step: int, skip: Sequence[str]) -> int:
-    """The global batch of training step `step` when the ranges "first:last" of batches are left out."""
-    for first, last in sorted(tuple(int(end) for end in text.split(":")) for text in skip):
-        if step >= first:
-            step += last - first
-    return step
 
 
 class Packer:

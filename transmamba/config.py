@@ -190,6 +190,8 @@ class TrainConfig(Section):
     """Steps between comparisons of replicated weights; 0 is off."""
     threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads; null chooses by the machine's load."""
+    deterministic: bool = False
+    """On a GPU, torch's own operations (attention's backward) also sum in one order, at a price; ours always do."""
     layer_stats_every: int = Field(default=0, ge=0, le=10**12)
     """Steps between per-layer statistics in metrics.jsonl; 0 is off."""
 
@@ -313,11 +315,15 @@ class Config(Section):
     run: RunConfig = Field(default_factory=RunConfig)
 
 
-def total_steps(config: Config) -> int:
-    """Optimizer steps of the run; `train.tokens` is rounded up to whole steps (0 when neither is given)."""
+def total_steps(config: Config, surplus_tokens: int = 0) -> int:
+    """Optimizer steps of the run; `train.tokens` is rounded up to whole steps (0 when neither is given).
+
+    Args:
+        surplus_tokens: read so far beyond steps x tokens per step, because windows had another length.
+    """
     if config.train.steps is not None:
         return config.train.steps
-    return -(-(config.train.tokens or 0) // tokens_per_step(config))
+    return -(-max((config.train.tokens or 0) - surplus_tokens, 0) // tokens_per_step(config))
 
 
 def tokens_per_step(config: Config) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
+from transmamba.checkpoint import look, published
 from transmamba.data_pipeline.errors import DataError
-from transmamba.data_pipeline.mixture import Mixture, Sample
+from transmamba.data_pipeline.mixture import Length, Mixture, Sample
+from transmamba.data_position import lengths_of
+from transmamba.sealed import CheckpointError
 
 FOLDER = "ledger"
 
@@ -72,6 +76,11 @@ def read_ledger(folder: Path) -> Iterator[dict[str, Any]]:
 def audit(folder: Path, mixture: Mixture, global_batch: int) -> tuple[int, list[str]]:
     """Compare a run's ledger with the order that its configuration defines and with the data as it is now.
 
+    Args:
+        folder: of the run; its newest checkpoint tells of other lengths that its windows had before.
+        mixture: in windows of the length that they have now.
+        global_batch: windows per step.
+
     Returns:
         the number of steps, and one line per fault: a step whose windows are not exactly those of its global batch,
         or whose tokens were others.
@@ -79,6 +88,7 @@ def audit(folder: Path, mixture: Mixture, global_batch: int) -> tuple[int, list[
     steps: dict[int, dict[int, str]] = {}
     data_steps: dict[int, int] = {}
     faults = []
+    by_length = _by_length(folder, mixture)
     for record in read_ledger(folder):
         step = record["step"]
         if data_steps.setdefault(step, record["data_step"]) != record["data_step"]:
@@ -86,14 +96,25 @@ def audit(folder: Path, mixture: Mixture, global_batch: int) -> tuple[int, list[
         seen = steps.setdefault(step, {})
         for *fields, digest in record["samples"]:
             sample = Sample(*fields)
-            if [sample] != mixture.samples(sample.position, 1):
+            own = next((later for later in by_length if later.first <= sample.position), by_length[-1])
+            if [sample] != own.samples(sample.position, 1):
                 faults.append(f"step {step}: {sample} is not what position {sample.position} holds")
             if seen.setdefault(sample.position, digest) != digest:
                 faults.append(f"step {step}: the tokens of position {sample.position} changed")
-            elif digest != digest_of(mixture.tokens(sample.position, 1)[0]):
+            elif digest != digest_of(own.tokens(sample.position, 1)[0]):
                 faults.append(f"step {step}: position {sample.position} holds other tokens now")
     for step, seen in sorted(steps.items()):
         first = data_steps[step] * global_batch
         if sorted(seen) != list(range(first, first + global_batch)):
             faults.append(f"step {step}: {len(seen)} windows instead of positions {first} to {first + global_batch}")
     return len(steps), faults
+
+
+def _by_length(folder: Path, mixture: Mixture) -> list[Mixture]:
+    """The mixture for every length that the run's windows had, the last one first."""
+    lengths = [Length(0, mixture.seq_len)]
+    for path in published(folder / "checkpoints"):
+        with suppress(CheckpointError):
+            lengths = lengths_of(look(path).manifest, mixture.seq_len)
+            break
+    return [mixture.following(lengths[:n]) for n in range(len(lengths), 0, -1)]

@@ -126,7 +126,8 @@ def save(run: Run, step: int, saver: Saver, *, is_last: bool) -> None:
         "eod_id": run.corpus.first.eod_id,
     }
     pieces = resume.pieces(run.chunks, run.optimizer, step, run.topology)
-    saver.begin(step, pieces, resume.record(run.config, step, data, run.topology, run.tokens_at(step)))
+    record = resume.record(run.config, step, data, run.topology, run.tokens_at(step), run.lengths)
+    saver.begin(step, pieces, record)
     if is_last:
         saver.finish_last()
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
+from torch.utils import deterministic
 
 from transmamba.config import Config
 
@@ -39,6 +40,17 @@ def choose_threads(wanted: int | None, n_local_ranks: int = 1) -> tuple[int, str
 def choose_precision(wanted: Precision | None, device: torch.device) -> Precision:
     """bf16 where the matrix units are made for it, fp32 elsewhere."""
     return wanted or ("bf16" if device.type == "cuda" else "fp32")
+
+
+def sum_in_one_order() -> None:
+    """Let torch choose operations that give the same bits every time, and refuse those that have none.
+
+    Before the first product on a GPU: cuBLAS reads its part of it when it starts.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # What is read before it is written shows in the kernels' tests; here filling memory would only cost time.
+    deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def describe_device(device: torch.device) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transmamba.batches import data_step_of
+from transmamba.changes import allowance, changed_past, differing, flatten, may_change, with_defaults
 from transmamba.checkpoint import Checkpoint, newest_valid, published, set_aside
-from transmamba.config import Config, tokens_per_step
+from transmamba.config import Config, tokens_per_step, total_steps
+from transmamba.data_pipeline.mixture import Length
 from transmamba.errors import EXIT_CHECKPOINT_MISMATCH, EXIT_NO_VALID_CHECKPOINT, RunError
 from transmamba.machine import versions
 from transmamba.metrics import Journal
@@ -20,21 +21,6 @@ from transmamba.parallel.topology import Topology
 from transmamba.parallel.zero import Optimizer
 from transmamba.slices import Piece, Shard
 from transmamba.transpoint import effective_points
-
-# What a resumed run may change. Every key of the schema, or the section it is in, stands in one of the four.
-FIXED = (  # what the run is: exit code 23
-    *("seed", "precision", "model", "train.global_batch"),
-    *("data.blend", "data.document_mask", "data.shuffle_shards"),
-)
-TO_COME = ("data.skip", "data.stages")  # for data that the checkpoint has not come to; else exit code 23
-ALLOWED_BY = {"data.seq_len": "seq_len", "transpoint": "transpoint"}  # with this word in resume.allow
-FREE = (  # how, where and how long it trains: noted in events.jsonl
-    *("train.steps", "train.tokens", "train.micro_batch", "train.recompute", "train.threads"),
-    *("train.replica_check_every", "train.layer_stats_every"),
-    *("optim", "parallel", "zero", "validation", "checkpoint", "resume", "sample", "watchdog", "wandb", "run"),
-    # Where the data lies: its tokens are compared by fingerprint.
-    *("data.path", "data.sources", "data.prefetch", "data.ledger", "data.cache_dir", "data.cache_gib"),
-)
 
 
 def find_checkpoint(folder: Path, config: Config, topology: Topology) -> tuple[Checkpoint | None, dict[Path, str]]:
@@ -61,56 +47,41 @@ def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> l
     Raises:
         RunError: a key that must stay differs, or the data does (exit 23).
     """
-    then, now = flatten(checkpoint.manifest["config"]), flatten(config.model_dump(mode="json"))
-    defaults = flatten(Config().model_dump(mode="json"))  # of keys that came after the checkpoint
-    then |= {key: defaults[key] for key in now.keys() - then.keys() if key in defaults}
-    differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    past = _changed_past(checkpoint, config, then)
-    for key in differing:
-        if _under(key, TO_COME) and key not in past:
-            continue
-        allowance = next((word for prefix, word in ALLOWED_BY.items() if _under(key, (prefix,))), None)
-        if _under(key, FREE) or (allowance or "nothing") in config.resume.allow:
-            continue
-        fix = f"set it back to {then.get(key)!r}, or start anew with another run.dir"
-        if key in past:
-            fix = (
-                f"keep what was before data step {past[key]} as it was ({then.get(key)!r}) and change only what follows"
-            )
-        if allowance:
-            fix += f", or allow the change with resume.allow=[{allowance}]"
-        raise RunError(
-            EXIT_CHECKPOINT_MISMATCH,
-            f"{key}: {checkpoint.path} was written with {then.get(key)!r} (got {now.get(key)!r}). Fix: {fix}",
-        )
+    now = flatten(config.model_dump(mode="json"))
+    then = with_defaults(flatten(checkpoint.manifest["config"]), now)
+    past = changed_past(then, config, checkpoint.step)
+    changed = differing(then, now)
+    for key in changed:
+        if not may_change(key, config, past, has_checkpoint=True):
+            raise RunError(EXIT_CHECKPOINT_MISMATCH, _refusal(key, then.get(key), now.get(key), checkpoint, past))
     if checkpoint.manifest["data"]["fingerprint"] != fingerprint:
         raise RunError(
             EXIT_CHECKPOINT_MISMATCH,
             f"data.path: {checkpoint.path} was trained on other tokens or another tokenizer "
             f"(got {config.data.path}). Fix: point data.path at this run's data, or start anew with another run.dir",
         )
-    return differing
+    return changed
 
 
-def _changed_past(checkpoint: Checkpoint, config: Config, then: dict[str, Any]) -> dict[str, int]:
-    """Keys of `TO_COME` that would change which data came before the checkpoint, and the data step it had come to."""
-    position = data_step_of(checkpoint.step - 1, then["data.skip"]) + 1 if checkpoint.step else 0
-
-    def skipped(skip: Sequence[str]) -> list[tuple[int, int]]:
-        ranges = [tuple(int(end) for end in text.split(":")) for text in skip]
-        return sorted((first, min(last, position)) for first, last in ranges if first < position)
-
-    now = [stage.model_dump(mode="json") for stage in config.data.stages if stage.step < position]
-    faults = {
-        "data.skip": skipped(then["data.skip"]) != skipped(config.data.skip),
-        "data.stages": [stage for stage in then["data.stages"] if stage["step"] < position] != now,
-    }
-    return {key: position for key, is_changed in faults.items() if is_changed}
+def _refusal(key: str, then: Any, now: Any, checkpoint: Checkpoint, past: dict[str, int]) -> str:
+    fix = f"set it back to {then!r}, or start anew with another run.dir"
+    if key in past:
+        fix = f"keep what was before data step {past[key]} as it was ({then!r}) and change only what follows"
+    if allowance(key):
+        fix += f", or allow the change with resume.allow=[{allowance(key)}]"
+    return f"{key}: {checkpoint.path} was written with {then!r} (got {now!r}). Fix: {fix}"
 
 
 def surplus_tokens(checkpoint: Checkpoint, config: Config) -> int:
     """Tokens that a run has read beyond steps x tokens per step, because its windows had another length."""
     return checkpoint.manifest["tokens_seen"] - checkpoint.step * tokens_per_step(config)
+
+
+def count_tokens(checkpoint: Checkpoint, config: Config) -> None:
+    """Give a run of so many tokens its number of steps, when its windows had another length before."""
+    surplus = surplus_tokens(checkpoint, config)
+    if config.train.steps is None and surplus:
+        config.train.steps, config.train.tokens = total_steps(config, surplus), None
 
 
 def restore(checkpoint: Checkpoint, chunks: Sequence[nn.Module], optimizer: Optimizer, shards: Shards) -> None:
@@ -161,8 +132,21 @@ def pieces(chunks: Sequence[nn.Module], optimizer: Optimizer, step: int, topolog
             yield Piece(name, "buffer", global_shape(buffer.shape, 0, shards.tp), 0, buffer, shard)
 
 
-def record(config: Config, step: int, data: dict[str, Any], topology: Topology, tokens_seen: int) -> dict[str, Any]:
-    """What the manifest says beside the tensors; `data` names the tokens and the position in them."""
+def record(
+    config: Config,
+    step: int,
+    data: dict[str, Any],
+    topology: Topology,
+    tokens_seen: int,
+    lengths: Sequence[Length] = (),
+) -> dict[str, Any]:
+    """What the manifest says beside the tensors; `data` names the tokens and the position in them.
+
+    Args:
+        lengths: that the run's windows had; noted once there are two of them.
+    """
+    if len(lengths) > 1:
+        data = data | {"lengths": [list(length) for length in lengths]}
     return {
         "config": config.model_dump(mode="json"),
         "tokens_seen": tokens_seen,
@@ -190,18 +174,3 @@ def put_aside(rejected: dict[Path, str]) -> None:
     """Move damaged checkpoints where they are neither resumed from nor counted among those to keep."""
     for path in rejected:
         set_aside(path)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _under(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

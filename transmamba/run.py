@@ -16,6 +16,7 @@ from transmamba.compose import to_yaml
 from transmamba.config import Config, padded_vocab, tokens_per_step
 from transmamba.corpus import Corpus
 from transmamba.costs import logit_flops
+from transmamba.data_pipeline.mixture import Length
 from transmamba.data_pipeline.tokenizer import load_tokenizer, token_bytes
 from transmamba.evaluate import Held
 from transmamba.machine import environment
@@ -47,6 +48,8 @@ class Run:
     held: list[Held]
     surplus_tokens: int = 0
     """Tokens read so far beyond steps x tokens per step: not 0 once windows had another length."""
+    lengths: Sequence[Length] = ()
+    """That the windows had so far, the present one included."""
 
     def tokens_at(self, step: int) -> int:
         """Tokens read in the first `step` steps; none of these is ahead of a change of the windows' length."""
@@ -63,8 +66,13 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def build_run(config: Config, topology: Topology, folder: Path, corpus: Corpus) -> Run:
-    """Build model, optimiser and data of a run; nothing is read from checkpoints yet."""
+def build_run(config: Config, topology: Topology, folder: Path, corpus: Corpus, lengths: Sequence[Length] = ()) -> Run:
+    """Build model, optimiser and data of a run; nothing is read from checkpoints yet.
+
+    Args:
+        lengths: that its windows had, the present one included; not given, it never had another.
+    """
+    lengths = lengths or [Length(0, config.data.seq_len)]
     chunks = build_chunks(config, corpus.vocab_size, topology, stage_layers(config, corpus))
     optimizer = build_optimizer(chunks, config, topology)
     stage = build_stage(chunks, optimizer, config, topology)
@@ -73,8 +81,8 @@ def build_run(config: Config, topology: Topology, folder: Path, corpus: Corpus) 
     packer = Packer(config.data, config.train, topology)
     held = [Held(name, corpus.held_stream(name, config), packer, bytes_of) for name in corpus.held]
     ledger = folder if config.data.ledger else None
-    batches = Batches(corpus.mixture(config), config, topology, ledger)
-    return Run(config, topology, folder, corpus, chunks, optimizer, stage, batches, held)
+    batches = Batches(corpus.mixture(config).following(lengths), config, topology, ledger)
+    return Run(config, topology, folder, corpus, chunks, optimizer, stage, batches, held, lengths=lengths)
 
 
 def build_model(config: Config, n_tokens_known: int) -> Model:

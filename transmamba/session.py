@@ -7,7 +7,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -18,13 +18,15 @@ from transmamba.checkpoint import Checkpoint, published
 from transmamba.config import Config, total_steps
 from transmamba.corpus import Corpus, open_corpus
 from transmamba.data_pipeline.errors import DamagedData, DataError
+from transmamba.data_pipeline.mixture import Length
 from transmamba.data_pipeline.tokenizer import load_tokenizer
+from transmamba.data_position import data_steps_past, lengths_of
 from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, ConfigError, RunError
 from transmamba.generate import complete
 from transmamba.heartbeat import Heartbeat
 from transmamba.heartbeat import start as start_heartbeat
 from transmamba.loop import train_steps
-from transmamba.machine import choose_precision, choose_threads, describe_device
+from transmamba.machine import choose_precision, choose_threads, describe_device, sum_in_one_order
 from transmamba.metrics import Journal, WandbFeed, read_metrics
 from transmamba.parallel import topology as groups
 from transmamba.parallel.topology import Topology
@@ -96,6 +98,10 @@ def _opened(config: Config, report: Report, outcome: Outcome) -> Iterator[tuple[
             checkpoint, rejected = resume.find_checkpoint(Path(config.run.dir) / "checkpoints", config, topology)
         threads_reason = settle_machine(config, topology, checkpoint)
         changed = [] if checkpoint is None else resume.check_belongs(checkpoint, config, corpus.fingerprint())
+        lengths = [Length(0, config.data.seq_len)]
+        if checkpoint is not None:
+            lengths = lengths_of(checkpoint.manifest, config.data.seq_len)
+            resume.count_tokens(checkpoint, config)
         folder = make_folder(config, topology)
         first = 0 if checkpoint is None else checkpoint.step
         with _recorded(config, folder, topology, corpus, first, outcome) as (journal, heartbeat):
@@ -103,8 +109,9 @@ def _opened(config: Config, report: Report, outcome: Outcome) -> Iterator[tuple[
             if topology.is_first:
                 resume.put_aside(rejected)
             plan = make_plan(config, corpus)
-            _banner(report, config, folder, topology, threads_reason, corpus, plan, checkpoint)
-            run = build_run(config, topology, folder, corpus)
+            data = _data_lines(config, corpus, lengths)
+            _banner(report, config, folder, topology, threads_reason, data, plan, checkpoint)
+            run = build_run(config, topology, folder, corpus, lengths)
             if checkpoint is not None:
                 resume.restore(checkpoint, run.chunks, run.optimizer, topology.shards)
                 run.surplus_tokens = resume.surplus_tokens(checkpoint, config)
@@ -158,7 +165,7 @@ def _write_to(log: Path) -> None:
 
 
 def settle_machine(config: Config, topology: Topology, checkpoint: Checkpoint | None) -> str:
-    """Fix threads and precision in the configuration, alike on all ranks; returns why so many threads.
+    """Fix threads, precision and determinism, alike on all ranks; returns why so many threads.
 
     Sums are split by thread, so a resumed run takes the thread count it was saved with: same bits.
     """
@@ -171,6 +178,8 @@ def settle_machine(config: Config, topology: Topology, checkpoint: Checkpoint | 
         reason = "as before the stop"
     config.train.threads = threads
     torch.set_num_threads(threads)
+    if config.train.deterministic:
+        sum_in_one_order()
     config.precision = choose_precision(config.precision, topology.device)
     return reason
 
@@ -181,7 +190,7 @@ def _banner(
     folder: Path,
     topology: Topology,
     threads_reason: str,
-    corpus: Corpus,
+    data: str | list[str],
     plan: Plan,
     checkpoint: Checkpoint | None,
 ) -> None:
@@ -194,7 +203,7 @@ def _banner(
             "device": f"{describe_device(topology.device)}, {config.train.threads} threads ({threads_reason})",
             **({"ranks": ranks} if topology.world_size > 1 else {}),
             "precision": f"{config.precision}, ZeRO stage {config.zero.stage}",
-            "data": _data_lines(config, corpus),
+            "data": data,
             "start": "new" if checkpoint is None else f"continues {checkpoint.path.name}",
             **({} if config.wandb.mode == "disabled" else {"wandb": mode_line(config.wandb, folder, os.environ)}),
         }
@@ -202,11 +211,12 @@ def _banner(
     print_plan(plan, report.console)
 
 
-def _data_lines(config: Config, corpus: Corpus) -> str | list[str]:
+def _data_lines(config: Config, corpus: Corpus, lengths: Sequence[Length]) -> str | list[str]:
     """What is trained on; of several sources how often the run passes over each."""
     if not config.data.sources:
         return f"{config.data.path}: {corpus.n_tokens:,} tokens of {corpus.n_documents:,} documents"
-    mixture, n_windows = corpus.mixture(config), total_steps(config) * config.train.global_batch
+    mixture = corpus.mixture(config).following(lengths)
+    n_windows = data_steps_past(total_steps(config), config.data.skip) * config.train.global_batch
     epochs, counts = mixture.epochs(n_windows), mixture.blend.counts(n_windows)
     return [
         f"{name}: {folder.manifest.splits['train'].n_tokens:,} tokens, {counts[name] / n_windows:.1%} of the run, "

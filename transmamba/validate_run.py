@@ -7,10 +7,10 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from transmamba import plain_yaml
-from transmamba.config import Config, padded_vocab, total_steps
+from transmamba.changes import allowance, changed_past, differing, flatten, may_change, with_defaults
+from transmamba.config import Config, padded_vocab, tokens_per_step, total_steps
 from transmamba.costs import BUILT_IN_VOCAB, embedding_parameters, layer_parameters
 from transmamba.errors import ConfigError, Problem
 from transmamba.transpoint import layer_kinds
@@ -20,23 +20,8 @@ BYTES_PER_PARAMETER = 14
 # A lock of another machine counts as live while its job touches it.
 LOCK_FRESH_S = 120
 _FOREIGN = ("*.pt", "*.pth", "*.bin", "*.ckpt", "*.distcp", ".metadata", "latest", "global_step*", "iter_*")
-# Keys that a resumed run may change: they say how, how long or where to train, not what.
-_FREE_SECTIONS = {
-    "train",
-    "parallel",
-    "zero",
-    "validation",
-    "checkpoint",
-    "resume",
-    "sample",
-    "watchdog",
-    "wandb",
-    "run",
-}
-_FREE_KEYS = {
-    *("data.path", "data.sources", "data.skip", "data.prefetch", "data.ledger", "data.cache_dir", "data.cache_gib"),
-    *("optim.schedule", "optim.unit", "optim.warmup", "optim.decay"),
-}
+# What a run settles itself where it is null; the record in its folder has the answer.
+_SETTLED = ("precision", "data.shuffle_shards")
 
 
 def run_problems(config: Config) -> Iterator[Problem]:
@@ -112,35 +97,34 @@ def _ownership_problems(config: Config, folder: Path) -> Iterator[Problem]:
     file = folder / "config.yaml"
     if not file.is_file():
         return
+    # Both sides went through YAML, so that equal configurations compare equal.
+    now = flatten(plain_yaml.parse(plain_yaml.write(config.model_dump()), file))
     try:
-        stored = _flat(plain_yaml.read(file))
-    except (ConfigError, OSError):
+        then = with_defaults(flatten(plain_yaml.read(file)), now)
+        past = changed_past(then, config, _recorded_steps(folder))
+    except (ConfigError, OSError, ValueError, TypeError, KeyError):
         fix = "use another run.dir, or restore the file"
         yield Problem("run.dir", f"{file} cannot be read", config.run.dir, fix)
         return
-    free = _FREE_SECTIONS | {"transpoint" if name == "transpoint" else f"data.{name}" for name in config.resume.allow}
-    # Both sides went through YAML, so that equal configurations compare equal.
-    wanted = _flat(plain_yaml.parse(plain_yaml.write(config.model_dump()), file))
     different = [
         key
-        for key in wanted
-        if wanted[key] not in (None, stored.get(key)) and key.split(".")[0] not in free and key not in free | _FREE_KEYS
+        for key in differing(then, now)
+        if not may_change(key, config, past, has_checkpoint=False) and not (key in _SETTLED and now[key] is None)
     ]
-    if "train.global_batch" in stored and stored["train.global_batch"] != wanted["train.global_batch"]:
-        different.append("train.global_batch")
     if different:
-        diff = ", ".join(f"{key} {stored.get(key)} -> {wanted[key]}" for key in different[:5])
+        diff = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in different[:5])
         fix = "use another run.dir, or the values of its config.yaml"
-        if any(key.startswith(("transpoint", "data.seq_len")) for key in different):
+        if any(allowance(key) for key in different):
             fix += ", or name the change in resume.allow=[...]"
         yield Problem("run.dir", f"belongs to another configuration: {diff}", config.run.dir, fix)
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    pairs = {}
-    for name, value in values.items():
-        pairs |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return pairs
+def _recorded_steps(folder: Path) -> int:
+    """Steps that a run has noted, a line each."""
+    try:
+        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def _resume_problems(config: Config, folder: Path) -> Iterator[Problem]:
@@ -155,9 +139,18 @@ def _resume_problems(config: Config, folder: Path) -> Iterator[Problem]:
     elif not steps and mode == "must":
         fix = "use resume=auto to start anew, or correct run.dir"
         yield Problem("resume.mode", f"must continue, but {folder} holds no checkpoint", mode, fix)
-    elif steps and max(steps) >= total_steps(config) + (0 if _is_done(folder) else 1):
+    elif steps and max(steps) >= (last := _last_step(config, folder, max(steps))) + (0 if _is_done(folder) else 1):
         fix = f"raise it above {max(steps)} to train longer, or use a new run.dir"
-        yield Problem("train.steps", f"the run is complete at step {max(steps)}", total_steps(config), fix)
+        yield Problem("train.steps", f"the run is complete at step {max(steps)}", last, fix)
+
+
+def _last_step(config: Config, folder: Path, step: int) -> int:
+    """Steps of the run, counted behind its newest checkpoint, whose windows may have had another length."""
+    try:
+        manifest = json.loads((folder / f"checkpoints/step-{step:08d}/manifest.json").read_text(encoding="utf-8"))
+        return total_steps(config, manifest["tokens_seen"] - step * tokens_per_step(config))
+    except (OSError, ValueError, KeyError, TypeError):
+        return total_steps(config)
 
 
 def _checkpoint_steps(folder: Path) -> list[int]:

@@ -12,7 +12,7 @@ from transmamba.kernels.attention.gathering import Gathering, Put, Take
 from transmamba.kernels.attention.packed import attend_packed
 from transmamba.kernels.backend import runs_varlen
 from transmamba.kernels.documents import Documents
-from transmamba.kernels.rope import rope
+from transmamba.kernels.rope import rope_qk
 
 
 def prefix_attention(
@@ -84,6 +84,6 @@ def _attend(q_BTHN: Tensor, k_BTHN: Tensor, v_BTHV: Tensor, scale: float, rope_t
     """Rows that all start a document: position and column are the same."""
     if rope_theta is not None:
         pos_BT = torch.arange(q_BTHN.shape[1], device=q_BTHN.device).expand(q_BTHN.shape[:2])
-        q_BTHN, k_BTHN = rope(q_BTHN, pos_BT, rope_theta), rope(k_BTHN, pos_BT, rope_theta)
+        q_BTHN, k_BTHN = rope_qk(q_BTHN, k_BTHN, pos_BT, rope_theta)
     q, k, v = (stream.transpose(1, 2) for stream in (q_BTHN, k_BTHN, v_BTHV))
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)

@@ -9,7 +9,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from transmamba.kernels.attention.gathering import Gathering, Put, Take
 from transmamba.kernels.documents import Documents
-from transmamba.kernels.rope import rope
+from transmamba.kernels.rope import rope_qk
 
 # (left, right) of the diagonal: all that came before, nothing that comes after.
 _CAUSAL = (-1, 0)
@@ -31,7 +31,7 @@ def attend_packed(
     if gathering is not None:
         q_AHN, k_AHN, v_AHN = (Take.apply(stream, gathering) for stream in (q_AHN, k_AHN, v_AHN))
     if rope_theta is not None:
-        q_AHN, k_AHN = (rope(stream, plan.pos, rope_theta) for stream in (q_AHN, k_AHN))
+        q_AHN, k_AHN = (x[0] for x in rope_qk(q_AHN[None], k_AHN[None], plan.pos[None], rope_theta))
     y_AHN = v_AHN
     if plan.longest:
         lengths = (plan.edges, plan.edges, plan.longest, plan.longest)

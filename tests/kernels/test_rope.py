@@ -1,21 +1,9 @@
 import pytest
 import torch
-from torch import Tensor
 
 from transmamba.kernels.rope import rope
+from transmamba.kernels.rope.reference import rope_reference
 from transmamba.kernels.testing import assert_close, assert_matches_reference
-
-
-def rotate_pair_by_pair(x_BTHN: Tensor, pos_BT: Tensor, theta: float = 100.0) -> Tensor:
-    """Definition with complex numbers: pair i turns by pos * theta ** (-2i / N)."""
-    n_pairs = x_BTHN.shape[-1] // 2
-    turned = []
-    for pair in range(n_pairs):
-        angle = pos_BT.double() * theta ** (-pair / n_pairs)
-        turn = torch.polar(torch.ones_like(angle), angle)[..., None]
-        turned.append(torch.complex(x_BTHN[..., pair], x_BTHN[..., pair + n_pairs]) * turn)
-    value = torch.stack(turned, -1)
-    return torch.cat([value.real, value.imag], -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -23,7 +11,10 @@ def test_rope_matches_complex_rotation(dtype: torch.dtype) -> None:
     inputs = {"x_BTHN": torch.randn(2, 9, 3, 6).to(dtype), "pos_BT": torch.randint(0, 5000, (2, 9))}
     tol = 1e-4 if dtype == torch.float32 else None  # an angle of 5000 radians in float32 is good to 5e-4 at worst
     found = assert_matches_reference(
-        lambda x_BTHN, pos_BT: rope(x_BTHN, pos_BT, 100.0), rotate_pair_by_pair, inputs, tol
+        lambda x_BTHN, pos_BT: rope(x_BTHN, pos_BT, 100.0),
+        lambda x_BTHN, pos_BT: rope_reference(x_BTHN, pos_BT, 100.0, angle_dtype=torch.float64),
+        inputs,
+        tol,
     )
     assert found["output 0"].dtype == dtype
 

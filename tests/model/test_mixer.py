@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.model.oracle import oracle_rows
 from transmamba.config import ModelConfig
 from transmamba.kernels.documents import Documents
+from transmamba.kernels.rope import rope
 from transmamba.model import mixing
 from transmamba.model.init import initialise
 from transmamba.model.mixer import TransMambaMixer
@@ -148,7 +149,7 @@ def _with_rotated_converter(monkeypatch: pytest.MonkeyPatch) -> None:
     def rotated(**streams: Any) -> tuple[Tensor, Tensor]:
         first, keys = math.ceil(streams["transpoint"]), streams["b_BTGN"]
         pos_BT = torch.arange(keys.shape[1])[None]
-        keys = torch.cat([mixing.rope(keys, pos_BT, 10000.0)[:, :first], keys[:, first:]], dim=1)
+        keys = torch.cat([rope(keys, pos_BT, 10000.0)[:, :first], keys[:, first:]], dim=1)
         return scan(**{**streams, "b_BTGN": keys})
 
     monkeypatch.setattr(mixing, "ssd_scan", rotated)

@@ -1,17 +1,20 @@
-"""What a resumed run may change: declared for every key, and asked of a checkpoint key by key."""
+"""What a run that goes on may change: declared for every key, and asked key by key of a checkpoint and of a folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from transmamba import resume
-from transmamba.batches import data_step_of
+from transmamba import plain_yaml
+from transmamba.changes import ALLOWED_BY, FIXED, FREE, FROM_A_CHECKPOINT_ON, TO_COME, is_under
 from transmamba.checkpoint import Checkpoint
 from transmamba.config import Config
+from transmamba.data_position import data_step_of
 from transmamba.errors import EXIT_CHECKPOINT_MISMATCH, RunError
-from transmamba.resume import ALLOWED_BY, FIXED, FREE, TO_COME, check_belongs
+from transmamba.resume import check_belongs
+from transmamba.validate_run import run_problems
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -24,33 +27,100 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return found
 
 
-def changed(key: str, to: object) -> list[str]:
-    """What `check_belongs` says of a checkpoint whose configuration is the default one but for one key."""
+def with_another(key: str, to: object) -> dict[str, Any]:
+    """The default configuration but for one key."""
     config = Config().model_dump(mode="json")
     section, _, name = key.partition(".")
     if name:
         config[section][name] = to
     else:
         config[section] = to
-    checkpoint = Checkpoint(Path("step-00000001"), {"config": config, "step": 0, "data": {"fingerprint": "f"}}, {})
-    return check_belongs(checkpoint, Config(), "f")
+    return config
+
+
+def changed(key: str, to: object) -> list[str]:
+    """What `check_belongs` says of a checkpoint with another value of a key."""
+    manifest = {"config": with_another(key, to), "step": 0, "data": {"fingerprint": "f"}}
+    return check_belongs(Checkpoint(Path("step-00000001"), manifest, {}), Config(), "f")
+
+
+def folder_of(place: Path, config: dict[str, Any], n_steps: int = 0) -> Config:
+    """A run folder without a checkpoint; returns a default configuration that goes on in it."""
+    place.mkdir()
+    (place / "config.yaml").write_text(plain_yaml.write(config))
+    records = [{"step": step + 1} for step in range(n_steps)]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Config.model_validate({"run": {"dir": str(place)}})
+
+
+def refusals(config: Config) -> list[str]:
+    """What is said of a run folder that belongs to another configuration."""
+    return [problem.problem for problem in run_problems(config) if "another configuration" in problem.problem]
 
 
 @pytest.mark.parametrize("key", keys())
 def test_every_key_is_declared_once(key: str) -> None:
-    places = [place for place in (FIXED, tuple(ALLOWED_BY), TO_COME, FREE) if resume._under(key, place)]
-    assert len(places) == 1, f"{key} stands in {len(places)} of FIXED, ALLOWED_BY, TO_COME and FREE"
+    tables = (FIXED, tuple(ALLOWED_BY), TO_COME, FROM_A_CHECKPOINT_ON, FREE)
+    assert len([table for table in tables if is_under(key, table)]) == 1
 
 
-@pytest.mark.parametrize("key", [key for key in keys() if not resume._under(key, TO_COME)])
+@pytest.mark.parametrize("key", [key for key in keys() if not is_under(key, TO_COME)])
 def test_a_key_does_what_its_declaration_says(key: str) -> None:
-    if resume._under(key, FREE):
+    if is_under(key, (*FREE, *FROM_A_CHECKPOINT_ON)):
         assert changed(key, "something else") == [key]
         return
     with pytest.raises(RunError, match=f"error: {key}: .*something else") as found:
         changed(key, "something else")
     assert found.value.code == EXIT_CHECKPOINT_MISMATCH
-    assert ("resume.allow=[" in str(found.value)) == resume._under(key, tuple(ALLOWED_BY))
+    assert ("resume.allow=[" in str(found.value)) == is_under(key, tuple(ALLOWED_BY))
+
+
+@pytest.mark.parametrize("key", [key for key in keys() if not is_under(key, TO_COME)])
+def test_without_a_checkpoint_only_what_is_free_may_change(key: str, tmp_path: Path) -> None:
+    config = folder_of(tmp_path / "run", with_another(key, "something else"))
+    # What the run itself settles is compared when it is given, not when it is null.
+    config.precision, config.data.shuffle_shards = "fp32", "all"
+    stored = plain_yaml.read(tmp_path / "run" / "config.yaml")
+    stored["precision"] = stored["precision"] or "fp32"
+    stored["data"]["shuffle_shards"] = stored["data"]["shuffle_shards"] or "all"
+    (tmp_path / "run" / "config.yaml").write_text(plain_yaml.write(stored))
+    told = refusals(config)
+    assert bool(told) == (not is_under(key, FREE)), told
+    assert all(f"{key} something else -> " in line for line in told)
+
+
+def test_what_a_run_settles_itself_may_be_left_to_it(tmp_path: Path) -> None:
+    settled = Config.model_validate({"precision": "bf16", "data": {"shuffle_shards": 16}}).model_dump(mode="json")
+    config = folder_of(tmp_path / "run", settled)
+    assert refusals(config) == []
+    config.precision = "fp32"
+    assert len(refusals(config)) == 1
+
+
+def test_a_folder_of_an_older_version_and_of_a_removed_blend(tmp_path: Path) -> None:
+    older = Config().model_dump(mode="json")
+    del older["data"]["stages"], older["model"]["rope"]
+    assert refusals(folder_of(tmp_path / "older", older)) == []
+    blended = with_another("data.blend", {"a": 0.7, "b": 0.3})
+    (told,) = refusals(folder_of(tmp_path / "blended", blended))
+    assert "data.blend.a 0.7 -> None" in told
+
+
+@pytest.mark.parametrize("skip", [["7"], ["a:b"], 3])
+def test_a_folder_whose_record_cannot_be_read_is_refused(tmp_path: Path, skip: object) -> None:
+    config = folder_of(tmp_path / "run", with_another("data.skip", skip))
+    (problem,) = run_problems(config)
+    assert "config.yaml cannot be read" in problem.problem
+
+
+@pytest.mark.parametrize(("first", "is_refused"), [(5, False), (3, True)])
+@pytest.mark.parametrize("key", TO_COME)
+def test_without_a_checkpoint_the_noted_steps_are_past(tmp_path: Path, key: str, first: int, is_refused: bool) -> None:
+    config = folder_of(tmp_path / "run", Config().model_dump(mode="json"), n_steps=5)
+    values: dict[str, Any] = {"skip": [f"{first}:9"], "stages": [{"step": first, "blend": {"a": 1.0}}]}
+    name = key.removeprefix("data.")
+    config.data = Config.model_validate({"data": {name: values[name]}}).data
+    assert bool(refusals(config)) == is_refused
 
 
 def test_keys_that_came_later_count_as_their_defaults() -> None:

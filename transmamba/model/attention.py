@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transmamba.config import ModelConfig, head_width
 from transmamba.kernels.attention import prefix_attention
 from transmamba.kernels.documents import Documents
-from transmamba.kernels.rope import rope
+from transmamba.kernels.rope import rope_qk
 from transmamba.model.linear import RowLinear, column_linear
 from transmamba.model.recompute import run_or_recompute
 from transmamba.parallel.shards import WHOLE, Shards
@@ -47,5 +47,5 @@ class AttentionMixer(nn.Module):
         """The same with queries and keys rotated to their positions, as the decoding cache keeps them."""
         q_BTHN, k_BTHN, v_BTHN = self.heads(x_TBD)
         if self.rope_theta is not None:
-            q_BTHN, k_BTHN = rope(q_BTHN, pos_BT, self.rope_theta), rope(k_BTHN, pos_BT, self.rope_theta)
+            q_BTHN, k_BTHN = rope_qk(q_BTHN, k_BTHN, pos_BT, self.rope_theta)
         return q_BTHN, k_BTHN, v_BTHN

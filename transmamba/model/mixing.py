@@ -9,7 +9,7 @@ from torch import Tensor
 from transmamba.kernels.attention import prefix_attention
 from transmamba.kernels.causal_conv import causal_conv
 from transmamba.kernels.documents import Documents
-from transmamba.kernels.rope import rope
+from transmamba.kernels.rope import rope_qk
 from transmamba.kernels.ssd import ssd_scan
 
 
@@ -76,7 +76,7 @@ def split_streams(qkv_BTC: Tensor, dt_BTH: Tensor, heads: HeadWeights, pos_BT: T
     """The convolved streams by head."""
     q_BTHN, k_BTHN, v_BTHV = qkv_BTC.unflatten(-1, (-1, 3 * options.head_dim)).chunk(3, dim=-1)
     if options.rope == "both":
-        q_BTHN, k_BTHN = (rope(x, pos_BT, options.rope_theta) for x in (q_BTHN, k_BTHN))
+        q_BTHN, k_BTHN = rope_qk(q_BTHN, k_BTHN, pos_BT, options.rope_theta)
     return Readings(q_BTHN, k_BTHN, v_BTHV, dt_BTH, heads.dt_bias_H, -heads.A_log_H.exp())
 
 
@@ -132,4 +132,4 @@ def rotate(q_BTHN: Tensor, k_BTHN: Tensor, pos_BT: Tensor, options: MixOptions) 
     """Rotary positions for attention; the scan and the converter never see them unless `rope` says both."""
     if options.rope != "attention":
         return q_BTHN, k_BTHN
-    return rope(q_BTHN, pos_BT, options.rope_theta), rope(k_BTHN, pos_BT, options.rope_theta)
+    return rope_qk(q_BTHN, k_BTHN, pos_BT, options.rope_theta)

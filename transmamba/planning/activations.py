@@ -16,7 +16,8 @@ projections      q, k, v (transmamba, transformer)      t 3HN e
                  x, B, C (mamba2)                       T B C_h e
                  dt                                     t H e                            triton; with cp of any backend
 convolution      output                                 as its input, q, k, v or x, B, C
-rope             cosines and sines, of q and of k       4 P B (N / 2) 4                  whole on every rank
+rope             cosines and sines, of q and of k       4 P B (N / 2) 4                  cpu: whole on every rank
+                 positions                              P 8                              triton; B T 8 for all layers
                  rotated q and k                        2 P B h N e
 attention        output                                 P B h N e                        see `_attention`
                  log of the sum of exponentials         P B h 4
@@ -266,8 +267,10 @@ def _norm(name: str, width: int, rank: _Rank) -> dict[str, int]:
 
 
 def _rotation(n_tokens: int, heads: int, width: int, rank: _Rank) -> dict[str, int]:
+    is_fused = rank.backend == "triton"
     return {
-        "rope angles": 4 * n_tokens * rank.B * (width // 2) * _FLOAT32,
+        "rope angles": 0 if is_fused else 4 * n_tokens * rank.B * (width // 2) * _FLOAT32,
+        "rope positions": 8 * n_tokens * is_fused,
         "rotated q, k": 2 * n_tokens * rank.B * heads * width * rank.e,
     }
 
