@@ -1,4 +1,4 @@
-"""Every operation that has Triton kernels, with the flags it is checked under: data for tests and tools.
+"""Every operation that has kernels for a GPU, with the flags it is checked under: data for tests and tools.
 
 The interpreter tests run the small shapes on the CPU, `transmamba doctor --kernels` the large ones on a GPU, and
 `compiled` compiles what training launches. An operation is added by one entry of `OPERATIONS`.
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from transmamba.kernels.attention import prefix_attention
+from transmamba.kernels.attention.reference import attention_loop
 from transmamba.kernels.causal_conv import causal_conv
 from transmamba.kernels.causal_conv.reference import conv_loop
 from transmamba.kernels.cross_entropy import cross_entropy
@@ -141,6 +143,13 @@ def _rope_inputs(shape: Shape, dtype: torch.dtype, device: Device, time_first: b
     return {"q_BTHN": q_BTHN, "k_BTHN": k_BTHN, "pos_BT": pos}, {}
 
 
+def _attention_inputs(shape: Shape, dtype: torch.dtype, device: Device, documents: bool, share: float) -> Inputs:
+    n_rows, n_tokens, *_ = shape
+    streams = {name: torch.randn(shape, device=device).to(dtype) for name in ("q_BTHN", "k_BTHN", "v_BTHV")}
+    found = _documents(n_rows, n_tokens, device) if documents else Documents.whole(n_rows, n_tokens, device)
+    return streams, {"documents": found, "prefix": share * n_tokens}
+
+
 def _documents(n_rows: int, n_tokens: int, device: Device) -> Documents:
     """A document over several chunks, one of a single token, and a start that no chunk begins with."""
     starts = [sorted({0, 1, n_tokens // 3 + row, n_tokens - 1}) for row in range(n_rows)]
@@ -249,6 +258,19 @@ OPERATIONS = (
         small=(3, 25, 3, 20),
         large=((2, 600, 16, 64), (2, 600, 8, 128)),
         training=((8, 8192, 32, 64), (8, 8192, 16, 128)),
+    ),
+    Operation(
+        name="attention",
+        op=prefix_attention,
+        reference=attention_loop,
+        make=_attention_inputs,
+        flags=tuple({"documents": documents, "share": share} for documents in (False, True) for share in (0.2, 1.0)),
+        small=(2, 37, 3, 8),
+        large=((2, 300, 4, 64), (2, 300, 3, 128)),
+        # Its kernels are torch's: there is nothing to compile.
+        training=(),
+        # Weights are rounded to bfloat16 before they meet the values.
+        tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2},
     ),
     Operation(
         name="rope",

@@ -52,7 +52,7 @@ def prefix_attention(
         raise ValueError(f"q {tuple(q_BTHN.shape)} against {documents.n_rows} rows of {documents.n_tokens} tokens")
     scale = 1.0 / math.sqrt(q_BTHN.shape[-1]) if scale is None else scale
     if documents.is_whole:
-        P = int(min(max(prefix, 0), documents.n_tokens))
+        P = math.ceil(min(max(prefix, 0), documents.n_tokens))
         return _attend(q_BTHN[:, :P], k_BTHN[:, :P], v_BTHV[:, :P], scale, rope_theta)
     attend = attend_packed if runs_varlen(q_BTHN, v_BTHV) else _attend_padded
     return attend(q_BTHN, k_BTHN, v_BTHV, documents, prefix, scale, rope_theta)

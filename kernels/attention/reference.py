@@ -2,6 +2,8 @@
 
 # B batch, T tokens, H heads, N key width, V value width.
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,9 @@ def attention_loop(
     factor = q_BTHN.shape[-1] ** -0.5 if scale is None else scale
     y_BTHV = torch.zeros_like(v_BTHV)
     for row, start, length in documents.spans():
-        for offset in range(int(min(length, max(prefix, 0)))):
+        for offset in range(math.ceil(min(length, max(prefix, 0)))):
             t = start + offset
             keys = k_BTHN[row, start : t + 1]
             logits = torch.einsum("hn,jhn->jh", q_BTHN[row, t], keys) * factor
             y_BTHV[row, t] = torch.einsum("jh,jhv->hv", logits.softmax(0), v_BTHV[row, start : t + 1])
-    return y_BTHV[:, : int(min(prefix, documents.n_tokens))] if documents.is_whole else y_BTHV
+    return y_BTHV[:, : math.ceil(min(prefix, documents.n_tokens))] if documents.is_whole else y_BTHV

@@ -21,7 +21,7 @@ def streams(dtype: torch.dtype, n_values: int = 4, n_tokens: int = N_TOKENS) -> 
 
 
 @pytest.mark.parametrize("starts", [WHOLE, PACKED], ids=["whole", "packed"])
-@pytest.mark.parametrize("prefix", [0, 1, 5, 16, 17, N_TOKENS - 1, N_TOKENS, N_TOKENS + 7, math.inf])
+@pytest.mark.parametrize("prefix", [0, 1, 5, 7.4, 16, 17, N_TOKENS - 1, N_TOKENS, N_TOKENS + 7, math.inf])
 def test_prefix_attention_matches_the_token_loop(starts: list[list[int]], prefix: int | float) -> None:
     documents = Documents.from_starts(starts, N_TOKENS)
     op, reference = (
