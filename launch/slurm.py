@@ -116,7 +116,8 @@ def submit(job: SlurmJob) -> str:
         for folder in made:
             folder.rmdir()
         said = done.stderr.strip().removeprefix("sbatch: error: ")
-        raise ConfigError([Problem("sbatch", said, f"code {done.returncode}", "correct the option that Slurm names")])
+        fix = "correct what Slurm names, or use --print and submit what it shows elsewhere"
+        raise ConfigError([Problem("sbatch", said, f"code {done.returncode}", fix)])
     return done.stdout.strip().partition(";")[0]
 
 
@@ -124,12 +125,18 @@ def prepared(job: SlurmJob) -> SlurmJob:
     """The job of a single run, its configuration validated for all ranks and its folder settled; creates nothing.
 
     Raises:
-        ConfigError: the configuration or an option is wrong.
+        ConfigError: all that is wrong with the configuration and the options.
     """
-    config, overrides = checked(job.overrides or [], job.n_ranks, may_restart=job.requeue)
+    problems = _problems(job)
     if job.array is not None and not job.array.endswith("%1"):
         fix = "write %1 after it to run its tasks one after the other, or use `transmamba sweep` for many runs"
-        raise ConfigError([Problem("--array", "its tasks would share one run folder", job.array, fix)])
+        problems.append(Problem("--array", "its tasks would share one run folder", job.array, fix))
+    try:
+        config, overrides = checked(job.overrides or [], job.n_ranks, may_restart=job.requeue)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
     folder = Path(str(config.run.dir)).absolute()
     values = {**vars(job), "folder": folder, "overrides": overrides}
     if job.job_name == SlurmJob.job_name and re.fullmatch(_NAME, folder.name):

@@ -10,10 +10,16 @@ from typer.core import TyperGroup
 from transmamba.answer import answer
 
 if TYPE_CHECKING:
-    from transmamba.launch.leaderboard import Facts
-    from transmamba.launch.sweep import TrialFolder
+    from transmamba.launch.sweeps.files import TrialFolder
+    from transmamba.launch.sweeps.report.leaderboard import Facts
 
 _DEFAULT = "run"
+# What is heard only together with another option: alone it would be lost, and trials would start where none should.
+_SLURM_ONLY = (
+    *("concurrent", "nodes", "gpus_per_node", "procs", "time", "account", "partition", "qos", "container"),
+    *("dependency", "pre", "mem", "cpus"),
+)
+_HERE_ONLY = ("slots", "nproc", "time_limit")
 
 
 class _RunByDefault(TyperGroup):
@@ -28,7 +34,7 @@ class _RunByDefault(TyperGroup):
 sweep = typer.Typer(
     cls=_RunByDefault,
     help="Many runs that differ in some keys: `transmamba sweep NAME --grid key=a,b -- OVERRIDES`, then "
-    "`transmamba sweep show NAME`.",
+    "`transmamba sweep show NAME`. All options: `transmamba sweep run --help`.",
     no_args_is_help=True,
 )
 
@@ -76,15 +82,41 @@ def run_sweep(
     """Run a sweep; the same command again goes on with what is left."""
     place = _folder(name, folder)
     codes: list[int] = []
-    answer(lambda: codes.append(_start(place, ctx.params)))
+
+    def run() -> None:
+        _refuse_unheard(ctx)
+        codes.append(_start(place, ctx.params))
+
+    answer(run)
     raise typer.Exit(codes[0])
+
+
+def _refuse_unheard(ctx: typer.Context) -> None:
+    """Refuse options that say nothing beside the others (ConfigError)."""
+    from transmamba.errors import ConfigError, Problem
+
+    given = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    unheard = {
+        "give --slurm too, or leave it out": () if "slurm" in given else _SLURM_ONLY,
+        "leave it out; with --slurm the trials do not run here": _HERE_ONLY if "slurm" in given else (),
+        "give --optuna too, or leave it out": () if "optuna" in given else ("n_trials",),
+        "give --random N too, or leave it out": () if "random" in given else ("flop_budget",),
+    }
+    problems = [
+        Problem("--" + name.removeprefix("n_").replace("_", "-"), "says nothing here", ctx.params[name], fix)
+        for fix, names in unheard.items()
+        for name in names
+        if name in given
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _start(folder: Path, asked: dict[str, Any]) -> int:
     """Start what `run_sweep` was asked for, by its parameters' names; returns the exit code."""
     from transmamba.launch.slurm import SlurmJob
-    from transmamba.launch.sweep_request import Request
-    from transmamba.launch.sweep_start import Here, queue_on_slurm, run_here
+    from transmamba.launch.sweeps.request import Request
+    from transmamba.launch.sweeps.start import Here, queue_on_slurm, run_here
 
     request = Request(
         grid=tuple(asked["grid"] or ()),
@@ -121,7 +153,7 @@ def show_sweep(
     def run() -> None:
         from rich.console import Console
 
-        from transmamba.launch.sweep_show import show
+        from transmamba.launch.sweeps.report.show import show
 
         show(place, place if out is None else out, _facts_of, sort, Console())
 
@@ -132,7 +164,7 @@ def _facts_of(trial: "TrialFolder") -> "Facts":
     """Steps, TransPoints and FLOPs of a trial: with its data once its run has begun, else by whole windows."""
     from transmamba.compose import load
     from transmamba.corpus import open_corpus
-    from transmamba.launch.sweep_show import facts
+    from transmamba.launch.sweeps.report.show import facts
     from transmamba.plan import make_plan
     from transmamba.transpoint import points
 
@@ -153,11 +185,11 @@ def _facts_of(trial: "TrialFolder") -> "Facts":
 
 def _folder(name: str, folder: Path | None) -> Path:
     from transmamba.errors import EXIT_CONFIG, Problem
-    from transmamba.launch.sweep import SWEEPS
+    from transmamba.launch.sweeps.files import SWEEPS
 
     if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII) and name not in ("show", _DEFAULT):
         return folder or SWEEPS / name
-    fix = "give a name of letters, digits, '.', '_' and '-'"
+    fix = "give a name of letters, digits, '.', '_' and '-'; the folder itself is --dir FOLDER"
     typer.echo(Problem("NAME", "not the name of a sweep", name, fix).line(), err=True)
     raise typer.Exit(EXIT_CONFIG)
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from transmamba.compose import load
 from transmamba.errors import EXIT_CONFIG, EXIT_DONE, ConfigError, Problem
-from transmamba.launch.trials import MAX_TRIALS, grid_axis, key_of
+from transmamba.launch.sweeps.trials import MAX_TRIALS, grid_axis, key_of
 from transmamba.overrides import CONFIG_DIR, groups
 
 FLAGS = ("-m", "--multirun")

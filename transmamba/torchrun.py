@@ -8,8 +8,7 @@ import logging
 import sys
 
 from transmamba.errors import EXIT_DONE, EXIT_INTERNAL
-
-DIED_BY_SIGNAL = 128
+from transmamba.launch.attempt import DIED_BY_SIGNAL
 
 
 def main(argv: list[str]) -> int:

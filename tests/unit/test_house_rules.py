@@ -40,7 +40,7 @@ MAY_IMPORT = {
 # Its parallel state and schedules, its data format, and its reader as a peer of ours.
 MAY_IMPORT_MEGATRON = ("transmamba.parallel", "transmamba.data_pipeline.megatron", "transmamba.bench.read")
 MUST_NOT_IMPORT = {"transmamba.parallel": ("transmamba.model",)}
-ENTRY_POINTS = ("transmamba.train", "transmamba.cli")
+ENTRY_POINTS = ("transmamba.train", "transmamba.cli", "transmamba.__main__")
 NO_TORCH = (
     *(
         "config",
@@ -55,7 +55,8 @@ NO_TORCH = (
     ),
     *("plan", "validate", "validate_data", "validate_run", "train", "stages", "communication", "heartbeat", "watchdog"),
     *(f"planning.{name}" for name in ("answer", "activations", "cpu_time", "cpu_fit", "forecast", "published")),
-    *("planning.search", "planning.report", "launch.local", "launch.slurm", "launch.sweep_start", "launch.sweep_show"),
+    *("planning.search", "planning.report"),
+    *(f"launch.{name}" for name in ("local", "slurm", "sweeps.start", "sweeps.report.show")),
 )
 
 

@@ -6,17 +6,28 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from transmamba.errors import ConfigError
-from transmamba.launch import sweep
-from transmamba.launch.leaderboard import Facts, Result, interpolate, leaderboard, read_results, verdict, write_tables
-from transmamba.launch.report_page import page, strip
-from transmamba.launch.report_picture import save_picture
-from transmamba.launch.sweep import Status, TrialFolder
-from transmamba.launch.sweep_request import Request
+from transmamba.launch.sweeps import files
+from transmamba.launch.sweeps.files import Status, TrialFolder
+from transmamba.launch.sweeps.report.leaderboard import (
+    Facts,
+    Result,
+    interpolate,
+    leaderboard,
+    read_results,
+    verdict,
+    write_tables,
+)
+from transmamba.launch.sweeps.report.page import page, strip
+from transmamba.launch.sweeps.report.picture import save_picture
+from transmamba.launch.sweeps.report.show import table
+from transmamba.launch.sweeps.request import Request
 
 PER_STEP = 100  # tokens
 NASTY = "<script>alert('x')</script> & \"q\""
@@ -117,6 +128,18 @@ def test_tables_hold_every_group_and_trial(tmp_path: Path) -> None:
     assert record["compared_at"]["training_flops"] == 40_000.0
 
 
+def test_a_narrow_terminal_wraps_names_and_no_numbers() -> None:
+    groups = ("optim.lr=0.000357 transpoint=v9", "attention_only")
+    results = [result(n, group, n, level=8.0 + n) for n, group in enumerate(g for g in groups for _ in range(2))]
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(table(leaderboard("s", results)))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert max(map(len, lines)) <= 80
+    for mean in (8.5, 10.5):
+        loss = f"{mean - math.log(40):.4f} ± {math.sqrt(0.5):.4f}"
+        assert any(loss in line and line.endswith("2 done") for line in lines), lines
+
+
 class _Reader(HTMLParser):
     """Notes every tag and what it refers to."""
 
@@ -155,9 +178,9 @@ def test_pictures_are_drawn_of_any_number_of_groups(tmp_path: Path) -> None:
 
 def test_results_are_read_while_trials_write_them(tmp_path: Path) -> None:
     trials = Request(schedules="v1,v2,v3").trials(tmp_path / "s")
-    sweep.create(tmp_path / "s", {}, trials)
-    sweep.write_status(trials[0], Status("done", 0, 1, 12.5))
-    sweep.write_status(trials[1], Status("running", None, 1))
+    files.create(tmp_path / "s", {}, trials)
+    files.write_status(trials[0], Status("done", 0, 1, 12.5))
+    files.write_status(trials[1], Status("running", None, 1))
     for trial in trials[:2]:
         trial.run.mkdir()
         held = {"validation": {"loss": 4.0, "bits_per_byte": 2.0}, "other": {"loss": 9.0, "bits_per_byte": 9.0}}

@@ -208,6 +208,9 @@ def test_the_configuration_is_checked_for_all_ranks_of_the_job() -> None:
     assert job.overrides == [*overrides, f"run.dir={job.folder.relative_to(Path.cwd())}"]
     with pytest.raises(ConfigError, match="does not divide the 4 processes"):
         prepared(replace(job, nodes=1))
+    with pytest.raises(ConfigError) as error:
+        prepared(replace(job, nodes=1, time="soon", mem="lots"))
+    assert {problem.key for problem in error.value.problems} == {"--time", "--mem", "parallel"}
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,23 @@ import textwrap
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from transmamba.cli_sweep import sweep as app
 from transmamba.compose import load
 from transmamba.errors import ConfigError
-from transmamba.launch import sweep, sweep_local
-from transmamba.launch.sweep import Status, TrialFolder, read_status, read_trials
-from transmamba.launch.sweep_local import Listed, Slots
-from transmamba.launch.sweep_request import Request
-from transmamba.launch.sweep_schedules import random_axis, schedule_axis
-from transmamba.launch.sweep_slurm import queue_trials, ranges
-from transmamba.launch.trials import assignment, grid_axis
+from transmamba.launch.sweeps import files, local
+from transmamba.launch.sweeps.files import Status, TrialFolder, read_status, read_trials
+from transmamba.launch.sweeps.local import Listed, Slots
+from transmamba.launch.sweeps.request import Request, twins
+from transmamba.launch.sweeps.schedules import random_axis, schedule_axis
+from transmamba.launch.sweeps.slurm import queue_trials, ranges
+from transmamba.launch.sweeps.start import Here, run_here
+from transmamba.launch.sweeps.trials import assignment, grid_axis
 from transmamba.plan import make_plan
 
 # Stands for a training run: writes what a run writes, slowly enough to be stopped, and ends as its label says.
@@ -50,8 +54,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         pause, code = ("0.5" if "slow" in group else "0.01"), ("20" if "bad" in group else "0")
         return [sys.executable, "-S", "-c", FAKE, str(trial.run), pause, code]
 
-    monkeypatch.setattr(sweep_local, "command", command)
-    monkeypatch.setattr(sweep_local, "POLL_S", 0.02)
+    monkeypatch.setattr(local, "command", command)
+    monkeypatch.setattr(local, "POLL_S", 0.02)
 
 
 def made(folder: Path, *groups: str) -> list[TrialFolder]:
@@ -60,7 +64,7 @@ def made(folder: Path, *groups: str) -> list[TrialFolder]:
     trials = [
         replace(trial, trial=replace(trial.trial, group=group)) for trial, group in zip(trials, groups, strict=True)
     ]
-    sweep.create(folder, {}, trials)
+    files.create(folder, {}, trials)
     return trials
 
 
@@ -148,6 +152,7 @@ def test_random_schedules_meet_the_budget_within_a_percent(budget: str) -> None:
         (Request(("transpoint=v1,v2",), "v3"), "--grid"),
         (Request(("seed=1,2",)), "--grid"),
         (Request(overrides=("--slots",)), "--slots"),
+        (Request(), "--grid"),
         (Request(random=2, overrides=("model=tiny_mamba2",)), "--random"),
         (Request(random=2, flop_budget="1"), "--flop-budget"),
         (Request(tuple(f"optim.{k}=range(1,200)" for k in ("lr", "eps", "clip"))), "--grid"),
@@ -159,11 +164,38 @@ def test_what_a_sweep_cannot_do_is_refused_by_name(request_: Request, word: str,
     assert problem_keys(error) == [word]
 
 
+@pytest.mark.parametrize(
+    ("asked", "unheard"),
+    [
+        ("--slots 2 --time-limit 2h", ""),
+        ("--nodes 2 --time 10", "--nodes --time"),
+        ("--slurm --gpus-per-node 0", ""),
+        ("--slurm --slots 2", "--slots"),
+        ("--trials 4 --flop-budget v9", "--trials --flop-budget"),
+        ("--random 2 --flop-budget v9", ""),
+    ],
+)
+def test_an_option_that_nothing_would_hear_is_refused(asked: str, unheard: str, tmp_path: Path) -> None:
+    command = ["s", "--schedules", "v1", *asked.split(), "--dir", str(tmp_path / "s"), "--dry-run"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == (2 if unheard else 0), done.output
+    assert [line.split(": ")[2] for line in done.stderr.splitlines()] == unheard.split()
+
+
+def test_one_run_under_two_names_is_noticed(tmp_path: Path) -> None:
+    request = Request(schedules="v9,cycle,v1,[0,inf]", controls=True, seeds=2, overrides=("model.n_layers=4",))
+    assert twins(request.trials(tmp_path)) == [("cycle", "v9"), ("layer_hybrid", "mamba_only")]
+    assert twins(replace(request, overrides=()).trials(tmp_path)) == [("cycle", "v9")]
+    assert not twins(Request(("transpoint.changes=[],[{step: 50, schedule: mamba_only}]",)).trials(tmp_path))
+    equal = Request(("model=tiny,tiny_transformer",), "v1,v9").trials(tmp_path)
+    assert twins(equal) == [("v9 model=tiny_transformer", "v1 model=tiny_transformer")]
+
+
 def test_all_trials_are_checked_before_anything_exists(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     trials = Request(("optim.lr=1e-3,7,8", "model.n_layers=2,3"), overrides=("train.steps=2",)).trials(folder)
     with pytest.raises(ConfigError) as error:
-        sweep.check_trials(trials, 1)
+        files.check_trials(trials, 1)
     keys = problem_keys(error)
     assert len(keys) == 2 and all("optim.lr" in key and "1 more trials" in key for key in keys)
     assert not folder.exists()
@@ -171,14 +203,14 @@ def test_all_trials_are_checked_before_anything_exists(tmp_path: Path) -> None:
 
 def test_another_definition_under_the_same_name_is_refused(tmp_path: Path) -> None:
     first, second = Request(schedules="v1"), Request(schedules="v1,v2")
-    sweep.create(tmp_path / "s", first.as_dict(), first.trials(tmp_path / "s"))
-    sweep.check_definition(tmp_path / "s", first.as_dict())
+    files.create(tmp_path / "s", first.as_dict(), first.trials(tmp_path / "s"))
+    files.check_definition(tmp_path / "s", first.as_dict())
     with pytest.raises(ConfigError, match="schedules was v1"):
-        sweep.check_definition(tmp_path / "s", second.as_dict())
+        files.check_definition(tmp_path / "s", second.as_dict())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="not a sweep"):
-        sweep.check_definition(tmp_path / "other", first.as_dict())
+        files.check_definition(tmp_path / "other", first.as_dict())
 
 
 def test_a_failing_trial_stops_no_other_and_done_ones_are_not_repeated(tmp_path: Path, fake: None) -> None:
@@ -213,10 +245,11 @@ def test_a_stop_saves_running_trials_and_the_same_call_goes_on(way: str, tmp_pat
 def test_trials_share_the_cores_and_die_with_the_sweep(tmp_path: Path, fake: None) -> None:
     trials = made(tmp_path / "s", "slow", "slow2")
     program = (
-        "import pathlib, sys; from tests.unit.launch import test_sweep as t; from transmamba.launch import sweep_local;"
-        "sweep_local.command = lambda trial, n, threads: "
+        "import pathlib, sys; from tests.unit.launch import test_sweep as t; "
+        "from transmamba.launch.sweeps import local; "
+        "local.command = lambda trial, n, threads: "
         "[sys.executable, '-S', '-c', t.FAKE, str(trial.run), '0.5', '0'];"
-        "sweep_local.Slots(2).run(sweep_local.Listed(t.read_trials(pathlib.Path(sys.argv[1]))))"
+        "local.Slots(2).run(local.Listed(t.read_trials(pathlib.Path(sys.argv[1]))))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "s")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -234,10 +267,16 @@ def test_trials_share_the_cores_and_die_with_the_sweep(tmp_path: Path, fake: Non
 
 
 def test_one_command_at_a_time_holds_a_sweep(tmp_path: Path) -> None:
-    with sweep.held(tmp_path), pytest.raises(ConfigError, match="another command"), sweep.held(tmp_path):
+    with files.held(tmp_path), pytest.raises(ConfigError, match="another command"), files.held(tmp_path):
         pass
-    with sweep.held(tmp_path):
+    with files.held(tmp_path):
         pass
+    request, folder = Request(schedules="v1,v9"), tmp_path / "s"
+    files.create(folder, request.as_dict(), request.trials(folder))
+    here = partial(run_here, request, folder, Here(), n_trials=1, retry=False, dry_run=True)
+    assert here() == 0
+    with files.held(folder), pytest.raises(ConfigError, match="another command"):
+        here()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +285,7 @@ def test_one_command_at_a_time_holds_a_sweep(tmp_path: Path) -> None:
      (40, "failed"), (2, "failed"), (50, "failed"), (-9, "interrupted"), (143, "interrupted")],
 )  # fmt: skip
 def test_an_exit_code_says_whether_a_trial_goes_on(code: int, state: str) -> None:
-    assert sweep.state_of(code) == state
+    assert files.state_of(code) == state
 
 
 def test_an_array_holds_what_is_not_over_and_its_runs_tell_their_state(
@@ -255,7 +294,7 @@ def test_an_array_holds_what_is_not_over_and_its_runs_tell_their_state(
     from transmamba.launch.slurm import SlurmJob
 
     trials = made(tmp_path / "s", "a", "b", "c", "d")
-    sweep.write_status(trials[1], Status("done", 0, 1))
+    files.write_status(trials[1], Status("done", 0, 1))
     (tmp_path / "bin").mkdir()
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 77\n")

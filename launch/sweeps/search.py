@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transmamba.errors import ConfigError, Problem
-from transmamba.launch.sweep import (
+from transmamba.launch.sweeps.files import (
     DONE,
     FAILED,
     INTERRUPTED_STATE,
@@ -26,7 +26,7 @@ from transmamba.launch.sweep import (
     read_trials,
     trial_folder,
 )
-from transmamba.launch.trials import Trial, grid_axis, key_of
+from transmamba.launch.sweeps.trials import Trial, grid_axis, key_of
 
 if TYPE_CHECKING:
     import optuna  # pyright: ignore[reportMissingImports]
@@ -101,16 +101,17 @@ def corner_trials(space: Sequence[Dimension], base: Sequence[str], seed: int) ->
 
 
 class Search:
-    """Trials that optuna proposes, `n_trials` in all; implements `sweep_local.Queue`."""
+    """Trials that optuna proposes, `n_trials` in all; implements `local.Queue`."""
 
     def __init__(self, folder: Path, space: Sequence[Dimension], base: Sequence[str], seed: int, n_trials: int) -> None:
         """Open the study of the sweep in `folder`, or make it; what a killed command left goes on first."""
         import optuna  # pyright: ignore[reportMissingImports]
+        from optuna.storages.journal import JournalFileBackend  # pyright: ignore[reportMissingImports]
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._folder, self._base, self._seed, self._n_trials = folder, tuple(base), seed, n_trials
         self._distributions = {dimension.key: dimension.distribution() for dimension in space}
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / STUDY))
+        backend = JournalFileBackend(str(folder / STUDY))
         self._study = optuna.create_study(
             study_name=folder.name,
             storage=optuna.storages.JournalStorage(backend),

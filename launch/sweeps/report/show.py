@@ -10,10 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from transmamba.config import Config, tokens_per_step, total_steps
-from transmamba.launch.leaderboard import Facts, Phases, Row, Spread, leaderboard, read_results, verdict, write_tables
-from transmamba.launch.report_page import comparison, write_page
-from transmamba.launch.report_picture import save_picture
-from transmamba.launch.sweep import TrialFolder, read_trials
+from transmamba.launch.sweeps.files import TrialFolder, read_trials
+from transmamba.launch.sweeps.report.leaderboard import (
+    Facts,
+    Leaderboard,
+    Phases,
+    Row,
+    Spread,
+    leaderboard,
+    read_results,
+    verdict,
+    write_tables,
+)
+from transmamba.launch.sweeps.report.page import comparison, write_page
+from transmamba.launch.sweeps.report.picture import save_picture
 from transmamba.transpoint import effective_points
 
 
@@ -26,19 +36,27 @@ def show(folder: Path, out: Path, facts_of: Callable[[TrialFolder], Facts], sort
     trials = read_trials(folder)
     board = leaderboard(folder.name, read_results(trials, facts_of), sort)
     definition = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["definition"]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for name in ("group", "loss", "bits/byte", "=tokens", "=FLOPs", "FLOPs", "s", "state"):
-        justify = "left" if name in ("group", "state") else "right"
-        table.add_column(name, justify=justify, no_wrap=name != "state", overflow="fold")
-    for row in board.rows:
-        table.add_row(*_cells(row))
-    console.print(table)
-    console.print(Text(verdict(board)))
-    console.print(Text(comparison(board), style="dim"))
+    console.print(table(board))
+    console.print(Text(verdict(board)), soft_wrap=True)
+    console.print(Text(comparison(board), style="dim"), soft_wrap=True)
     written = write_tables(board, out)
     save_picture(board, out / "sweep.png")
     write_page(board, definition, out / "sweep.html")
-    console.print(Text(f"written to {', '.join(map(str, [*written, out / 'sweep.png', out / 'sweep.html']))}"))
+    names = ", ".join(map(str, [*written, out / "sweep.png", out / "sweep.html"]))
+    console.print(Text(f"written to {names}"), soft_wrap=True)
+
+
+def table(board: Leaderboard) -> Table:
+    """A row per group; in a narrow terminal long names wrap, numbers do not."""
+    made = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    for name in ("group", "loss", "bits/byte", "=tokens", "=FLOPs", "FLOPs", "s", "state"):
+        if name in ("group", "state"):
+            made.add_column(name, min_width=len("3 done"), overflow="fold")
+        else:
+            made.add_column(name, justify="right", no_wrap=True)
+    for row in board.rows:
+        made.add_row(*_cells(row))
+    return made
 
 
 def facts(config: Config, phases: Phases) -> Facts:

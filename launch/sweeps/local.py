@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Protocol
 
 from transmamba.errors import EXIT_DONE, EXIT_STOPPED
-from transmamba.launch.sweep import (
+from transmamba.launch.sweeps.files import (
     DONE,
     FAILED,
     INTERRUPTED_STATE,
@@ -28,7 +28,7 @@ from transmamba.launch.sweep import (
     state_of,
     write_status,
 )
-from transmamba.launch.trials import key_of
+from transmamba.launch.sweeps.trials import key_of
 
 POLL_S = 0.25
 NEWS_EVERY_S = 60.0

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transmamba.errors import ConfigError, Problem
 from transmamba.launch.slurm import SlurmJob, submit
-from transmamba.launch.sweep import FAILED, OVER, QUEUED, Status, TrialFolder, read_status, write_status
+from transmamba.launch.sweeps.files import FAILED, OVER, QUEUED, Status, TrialFolder, read_status, write_status
 
 
 def check_queue(trials: Sequence[TrialFolder]) -> None:

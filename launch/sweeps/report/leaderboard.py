@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transmamba.errors import ConfigError, Problem
-from transmamba.launch.sweep import DONE, RUNNING, TrialFolder, read_status
+from transmamba.launch.sweeps.files import DONE, RUNNING, TrialFolder, read_status
 
 # (first step, training FLOPs per token from it on); a schedule that changes during training has several.
 Phases = Sequence[tuple[int, float]]

@@ -7,9 +7,10 @@ from typing import Any
 
 from transmamba.compose import load
 from transmamba.errors import ConfigError, Problem
-from transmamba.launch.sweep import TrialFolder, trial_folder
-from transmamba.launch.sweep_schedules import random_axis, schedule_axis
-from transmamba.launch.trials import grid_axis, key_of, product, seed_axis
+from transmamba.launch.sweeps.files import TrialFolder, trial_folder
+from transmamba.launch.sweeps.schedules import random_axis, schedule_axis
+from transmamba.launch.sweeps.trials import grid_axis, key_of, product, seed_axis
+from transmamba.transpoint import effective_points
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Request:
         return asdict(self)
 
     def trials(self, folder: Path) -> list[TrialFolder]:
-        """All combinations (ConfigError: of what cannot be read, or sets run.dir)."""
+        """All combinations (ConfigError: of nothing, of what cannot be read, or of what sets run.dir)."""
         check_overrides(self.overrides)
         schedules = schedule_axis(self.schedules, controls=self.controls)
         self._refuse_fixed_points(bool(schedules or self.random))
@@ -44,6 +45,9 @@ class Request:
         if swept is not None:
             fix = "write --seeds N: N seeds from that of the configuration on"
             raise ConfigError([Problem("--grid", "seeds have an option of their own", swept, fix)])
+        if not axes and self.seeds == 1:
+            fix = "give --grid, --schedules, --random, --optuna or --seeds; `transmamba sweep show NAME` shows a sweep"
+            raise ConfigError([Problem("--grid", "there is nothing to sweep", None, fix)])
         return [trial_folder(folder, trial) for trial in product(axes, seeds, self.overrides)]
 
     def _refuse_fixed_points(self, has_schedules: bool) -> None:
@@ -51,6 +55,19 @@ class Request:
         if has_schedules and fixed:
             fix = "remove it, or write the lists into --schedules, such as --schedules 'v9,[0,64,inf]'"
             raise ConfigError([Problem("transpoint.points", "would overrule every schedule", fixed[0], fix)])
+
+
+def twins(trials: Sequence[TrialFolder]) -> list[tuple[str, str]]:
+    """Pairs of groups that are the same run under two names: their keys say the same, and so do their TransPoints."""
+    found, seen = [], {}
+    for trial in (trial.trial for trial in trials if trial.trial.seed == trials[0].trial.seed):
+        config = load(list(trial.overrides))
+        steps = [0, *sorted(change.step for change in config.transpoint.changes)]
+        points = [(step, effective_points(config, step)) for step in steps]
+        first = seen.setdefault(repr((config.model_dump(exclude={"transpoint"}), points)), trial.group)
+        if first != trial.group:
+            found.append((trial.group, first))
+    return found
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

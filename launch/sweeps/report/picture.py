@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transmamba.launch.leaderboard import Leaderboard, Row
+from transmamba.launch.sweeps.report.leaderboard import Leaderboard, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,11 +55,14 @@ def _figure(board: Leaderboard, theme: str) -> "Figure":
             _draw_strip(place, title, points, row.results[0].facts.seq_len, ink)
         for place in list(places):
             place.set_axis_off()
-        below.suptitle("TransPoints: a row per layer, tokens from left to right", fontsize=9)
+        key = "a row per layer, tokens from left to right; blue attention, orange scan"
+        below.suptitle(f"TransPoints: {key}", fontsize=9)
     return figure
 
 
 def _draw_curves(board: Leaderboard, axes: "Axes") -> None:
+    from matplotlib.ticker import EngFormatter
+
     for number, row in enumerate(board.rows):
         steps, means, lows, highs = _band(row)
         if not steps:
@@ -69,6 +72,7 @@ def _draw_curves(board: Leaderboard, axes: "Axes") -> None:
         axes.plot(tokens, means, color=color, linestyle=style, linewidth=1.4, label=row.group)
         axes.fill_between(tokens, lows, highs, color=color, alpha=0.12, linewidth=0)
     axes.set(xlabel="tokens", ylabel="training loss, running mean (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title("mean over seeds; band: lowest to highest seed", fontsize=9)
     axes.grid(alpha=0.5)
     if axes.lines:
@@ -90,6 +94,8 @@ def _draw_ends(board: Leaderboard, axes: "Axes") -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.7)
     axes.set(xlabel="final validation loss (nats per token)")
+    if not any(row.loss for row in board.rows):
+        axes.set_xticks([])
     axes.set_title("a dot per seed, mean ± standard deviation", fontsize=9)
     axes.grid(alpha=0.5, axis="x")
 

@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from transmamba.launch.leaderboard import Leaderboard, Result, Row, Spread, verdict
-from transmamba.launch.report_picture import picture_bytes
+from transmamba.launch.sweeps.report.leaderboard import Leaderboard, Result, Row, Spread, verdict
+from transmamba.launch.sweeps.report.picture import picture_bytes
 
-_TEMPLATE = Path(__file__).parent / "report.html"
+_TEMPLATE = Path(__file__).parent / "page.html"
 _GROUP_COLUMNS = {
     "group": "text",
     "TransPoints": "",
@@ -70,9 +70,10 @@ def comparison(board: Leaderboard) -> str:
     """Where the groups are compared, in one sentence."""
     if board.equal_tokens is None or board.equal_flops is None:
         return "nothing to compare yet"
+    who = "a finished trial" if any(result.state == "done" for result in board.results) else "a trial so far"
     return (
         f"equal tokens: {board.measure} at {board.equal_tokens:,} tokens; equal FLOPs: at {board.equal_flops:.4g} "
-        "training FLOPs, the smallest number that a finished trial reached"
+        f"training FLOPs, the smallest number that {who} reached"
     )
 
 

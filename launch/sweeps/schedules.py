@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transmamba.compose import load
 from transmamba.config import Config
 from transmamba.errors import ConfigError, Problem
-from transmamba.launch.trials import Choice
+from transmamba.launch.sweeps.trials import Choice
 from transmamba.overrides import groups
 from transmamba.plan import make_plan
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from transmamba.errors import EXIT_DONE, EXIT_HANG, EXIT_RANK_DIED, EXIT_STOP_FILE, EXIT_STOPPED, ConfigError, Problem
+from transmamba.launch.attempt import DIED_BY_SIGNAL
 from transmamba.launch.checked import checked
-from transmamba.launch.trials import Trial, assignment
+from transmamba.launch.sweeps.trials import Trial, assignment
 
 FORMAT = 1
 SWEEPS = Path("runs/sweeps")
-# What a trial does not end by: the same call again goes on from its checkpoint. Above 128 it is a signal's number.
+# What a trial does not end by: the same call again goes on from its checkpoint. A signal that killed it is none either.
 INTERRUPTED = (EXIT_STOPPED, EXIT_HANG, EXIT_RANK_DIED)
-_BY_SIGNAL = 128
 WAITING, QUEUED, RUNNING, INTERRUPTED_STATE, DONE, STOPPED, PRUNED, FAILED = (
     *("waiting", "queued", "running", "interrupted", "done", "stopped", "pruned", "failed"),
 )
@@ -177,7 +177,7 @@ def state_of(code: int) -> str:
         return DONE
     if code == EXIT_STOP_FILE:
         return STOPPED
-    return INTERRUPTED_STATE if code in INTERRUPTED or not 0 <= code <= _BY_SIGNAL else FAILED
+    return INTERRUPTED_STATE if code in INTERRUPTED or not 0 <= code <= DIED_BY_SIGNAL else FAILED
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -185,6 +185,13 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a sweep that another command runs now (ConfigError); creates nothing."""
+    if (folder / "lock").exists():
+        with held(folder):
+            pass
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""What a sweep found: a table, tables as CSV and JSON, a picture, and one HTML page."""
