@@ -96,7 +96,7 @@ def _need_transformers() -> None:
     from transmamba.errors import ConfigError, Problem
 
     if find_spec("transformers") is None:
-        fix = "install it: pip install 'transmamba[peers]'"
+        fix = "install it: pip install -e '.[peers]'"
         raise ConfigError([Problem("transformers", "not installed", None, fix)])
 
 

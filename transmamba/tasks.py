@@ -53,7 +53,7 @@ def run_tasks(run_dir: Path, *, tasks: Sequence[str], include: Path | None, out:
         RunError: it failed (exit 1); its last line is told.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        fix = "install it with `pip install transmamba[eval]`"
+        fix = "install it with `pip install -e '.[eval]'`"
         raise ConfigError([Problem("--tasks", "the harness lm_eval is not installed", list(tasks), fix)])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -129,7 +129,7 @@ def test_tasks_are_the_same_each_time_and_hide_the_answer(tmp_path: Path) -> Non
 
 def test_a_missing_harness_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install transmamba\[eval\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[eval\]'"):
         run_tasks(tmp_path, tasks=["heldout_bits"], include=None, out=tmp_path / "out", limit=4)
     assert not (tmp_path / "out").exists()
 

@@ -45,7 +45,7 @@ def mixer_rows(budget_s: float) -> Iterator[dict[str, Any]]:
     try:
         peers = {f"transformers chunk {size}": mamba2_peer(mixer, CONFIG, size) for size in PEER_CHUNKS}
     except ImportError:
-        yield {"row": "mixer against transformers", "missing": "transformers (pip install transmamba[peers])"}
+        yield {"row": "mixer against transformers", "missing": "transformers (pip install -e '.[peers]')"}
         return
     contestants: dict[str, Any] = {"ours": _BatchFirst(mixer), **peers}
     inputs = {"x_BTD": torch.randn(ROWS, TOKENS, CONFIG.d_model)}
