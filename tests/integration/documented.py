@@ -45,6 +45,7 @@ STANDS_FOR = {"s3://bucket/": "data/", "step: 100,": "step: 1,", "step: 9000,": 
 BENCH = "it measures for minutes, as `make bench` does; what it offers is asked for"
 ROWS: dict[str, Row] = {
     "make train": DRY,
+    "make train VENV=": DRY,
     "make test": DRY,
     'make train ARGS="model=tiny_transformer train.steps=100"': DRY,
     "make lint": DRY,
