@@ -211,7 +211,7 @@ _SCAN = Operation(
     training=((8, 8192, 32, 32, 64, 64),),
     # The gradient of A is a sum over tokens that nearly cancels.
     tolerance={torch.float32: 5e-5, torch.bfloat16: 2e-2},
-    limits=Limits(spills={"chunk_bwd_kernel": 16}, wgmma=SCAN_KERNELS),
+    limits=Limits(wgmma=SCAN_KERNELS),
 )
 
 OPERATIONS = (
@@ -222,8 +222,6 @@ OPERATIONS = (
         flags=tuple(
             {"given": given} for given in ("bias+state", "bias+transpoint+before", "bias+documents+transpoint+before")
         ),
-        # Masks of documents and TransPoint, and the derivative of softplus, stay live through all nine products.
-        limits=Limits(spills={"chunk_bwd_kernel": 32}, wgmma=SCAN_KERNELS),
     ),
     replace(
         _SCAN,
@@ -231,9 +229,8 @@ OPERATIONS = (
         flags=({"given": "streams"}, {"given": "bias+documents+transpoint+before"}),
         large=((1, 600, 2, 2, 128, 128), (1, 600, 4, 1, 128, 64)),
         training=((8, 8192, 16, 16, 128, 128), (8, 8192, 32, 1, 128, 64)),
-        # A gradient of 64 x 128 is 64 registers a thread, and two products feed each: tiles of 64 columns would read
-        # every stream twice instead. Which of the two costs less, only a GPU can tell.
-        limits=Limits(spills={"chunk_bwd_kernel": 256, "prefix_bwd_kernel": 8}, wgmma=SCAN_KERNELS),
+        # A gradient of 64 x 128 is 64 registers a thread, and two products feed each.
+        limits=Limits(spills={"chunk_bwd_kernel": 16}, wgmma=SCAN_KERNELS),
     ),
     Operation(
         name="causal_conv",

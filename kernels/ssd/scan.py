@@ -1,20 +1,19 @@
-"""Public scan operations: input checks, and the autograd node of either device."""
+"""Public scan operations: input checks, and the choice between the two devices' paths."""
 
 # B batch, T tokens, H heads, G groups of B and C, N key/state width, V value width.
 
 import math
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
 from transmamba.kernels import backend
 from transmamba.kernels.documents import Documents
-from transmamba.kernels.ssd.chunked import Kept, scan_backward, scan_forward
+from transmamba.kernels.ssd.chunked_node import ChunkedScan
 from transmamba.kernels.ssd.slabs import Streams, working_dtype
-from transmamba.kernels.ssd.triton_scan import WIDEST_STATE, Problem, room_like, triton_backward, triton_forward
+from transmamba.kernels.ssd.triton_node import TritonScan
+from transmamba.kernels.ssd.triton_scan import WIDEST_STATE, Problem
 
 
 def ssd_scan(
@@ -71,14 +70,14 @@ def ssd_scan(
     work = working_dtype(x_BTHV.dtype)
     if x_BTHV.numel() and backend.runs_triton(x_BTHV) and c_BTGN.shape[3] <= WIDEST_STATE:
         problem = Problem(dt_bias_H, documents, P, first_output)
-        return _TritonScan.apply(*streams, initial_state_BHNV, dt_bias_H, before_BPHV, problem, torch.is_grad_enabled())
+        return TritonScan.apply(*streams, initial_state_BHNV, dt_bias_H, before_BPHV, problem, torch.is_grad_enabled())
     if dt_bias_H is not None:
         streams = streams._replace(dt_BTH=softplus(dt_BTH.to(work) + dt_bias_H.to(work)))
     if initial_state_BHNV is None:
         state_BHNV = x_BTHV.new_zeros(n_rows, n_heads, b_BTGN.shape[3], n_values, dtype=work)
     else:
         state_BHNV = initial_state_BHNV.to(work)
-    y_BTHV, state_BHNV = _Scan.apply(*streams, state_BHNV, documents, first_output, torch.is_grad_enabled())
+    y_BTHV, state_BHNV = ChunkedScan.apply(*streams, state_BHNV, documents, first_output, torch.is_grad_enabled())
     if P > 0 and (documents is not None or before_BPHV is not None):
         y_BTHV = _with_before(y_BTHV, before_BPHV, documents, P)
     return y_BTHV, state_BHNV
@@ -156,135 +155,3 @@ def _check(
         raise ValueError(f"documents of {documents.n_rows} rows of {documents.n_tokens} for x {tuple(x.shape)}")
     if not transpoint >= 0:
         raise ValueError(f"transpoint {transpoint} is negative")
-
-
-class _NodeGrads(NamedTuple):
-    c_BTGN: Tensor
-    b_BTGN: Tensor
-    x_BTHV: Tensor
-    dt_BTH: Tensor
-    A_H: Tensor
-    D_H: Tensor | None
-    state_BHNV: Tensor
-    documents: None = None
-    first_output: None = None
-    keep: None = None
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        c_BTGN: Tensor,
-        b_BTGN: Tensor,
-        x_BTHV: Tensor,
-        dt_BTH: Tensor,
-        A_H: Tensor,
-        D_H: Tensor | None,
-        state_BHNV: Tensor,
-        documents: Documents | None,
-        first_output: int,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        streams = Streams(c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H, D_H)
-        keep = keep and any(ctx.needs_input_grad)
-        y_BTHV, final_BHNV, kept = scan_forward(streams, state_BHNV, documents, first_output, keep)
-        ctx.save_for_backward(*streams, *(tensor for slab in kept for tensor in slab))
-        ctx.documents, ctx.first_output = documents, first_output
-        return y_BTHV, final_BHNV
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> _NodeGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dy_BTHV, dstate_BHNV = grads
-        saved = ctx.saved_tensors
-        streams = Streams(*saved[: len(Streams._fields)])
-        slabs = saved[len(streams) :]
-        kept = [Kept(*pair) for pair in zip(slabs[::2], slabs[1::2], strict=True)]
-        found = scan_backward(streams, kept, ctx.documents, ctx.first_output, dy_BTHV, dstate_BHNV)
-        return _NodeGrads(
-            found.c_BTGN,
-            found.b_BTGN,
-            found.x_BTHV,
-            found.dt_BTH,
-            found.A_H.to(streams.A_H.dtype),
-            None if streams.D_H is None else found.D_H.to(streams.D_H.dtype),
-            found.initial_state_BHNV,
-        )
-
-
-class _TritonScanGrads(NamedTuple):
-    c_BTGN: Tensor
-    b_BTGN: Tensor
-    x_BTHV: Tensor
-    dt_BTH: Tensor
-    A_H: Tensor
-    D_H: Tensor | None
-    initial_state_BHNV: Tensor | None
-    dt_bias_H: Tensor | None
-    before_BPHV: Tensor | None
-    problem: None = None
-    keep: None = None
-
-
-class _TritonScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        c_BTGN: Tensor,
-        b_BTGN: Tensor,
-        x_BTHV: Tensor,
-        dt_BTH: Tensor,
-        A_H: Tensor,
-        D_H: Tensor | None,
-        initial_state_BHNV: Tensor | None,
-        dt_bias_H: Tensor | None,
-        before_BPHV: Tensor | None,
-        problem: Problem,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        streams = Streams(c_BTGN, b_BTGN, x_BTHV, dt_BTH, A_H, D_H)
-        y_BTHV = room_like(x_BTHV, x_BTHV.shape)
-        n_before = x_BTHV.shape[1] if problem.documents is not None and problem.transpoint else problem.transpoint
-        if before_BPHV is None:
-            y_BTHV[:, :n_before].zero_()
-        else:
-            y_BTHV[:, :n_before].copy_(before_BPHV[:, :n_before])
-        keep = keep and any(ctx.needs_input_grad)
-        final_BHNV, states = triton_forward(streams, problem, initial_state_BHNV, y_BTHV, keep)
-        ctx.save_for_backward(*streams, dt_bias_H, states)
-        ctx.problem = problem._replace(dt_bias_H=None)
-        ctx.before_shape = None if before_BPHV is None else before_BPHV.shape
-        ctx.state_dtype = None if initial_state_BHNV is None else initial_state_BHNV.dtype
-        ctx.set_materialize_grads(False)
-        return y_BTHV, final_BHNV
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> _TritonScanGrads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dy_BTHV, dstate_BHNV = grads
-        *streams, dt_bias_H, states = ctx.saved_tensors
-        streams = Streams(*streams)
-        problem = ctx.problem._replace(dt_bias_H=dt_bias_H)
-        if dy_BTHV is None:
-            dy_BTHV = torch.zeros_like(streams.x_BTHV)
-        found = triton_backward(streams, problem, states, dy_BTHV, dstate_BHNV)
-        dbefore_BPHV = None
-        if ctx.before_shape is not None:
-            n_columns = ctx.before_shape[1]
-            dbefore_BPHV = dy_BTHV[:, : problem.transpoint]
-            if problem.documents is not None:
-                is_after = (problem.documents.pos_BT >= problem.transpoint)[..., None, None]
-                dbefore_BPHV = dy_BTHV.masked_fill(is_after, 0)[:, :n_columns]
-            dbefore_BPHV = pad(dbefore_BPHV, (0, 0, 0, 0, 0, n_columns - dbefore_BPHV.shape[1]))
-        return _TritonScanGrads(
-            found.c_BTGN,
-            found.b_BTGN,
-            found.x_BTHV,
-            found.dt_BTH,
-            found.A_H.to(streams.A_H.dtype),
-            None if streams.D_H is None else found.D_H.to(streams.D_H.dtype),
-            None if ctx.state_dtype is None else found.initial_state_BHNV.to(ctx.state_dtype),
-            None if dt_bias_H is None else found.dt_bias_H.to(dt_bias_H.dtype),
-            dbefore_BPHV,
-        )

@@ -11,11 +11,11 @@ from transmamba.kernels.ssd.triton_tiles import decays, load_steps
 
 
 @triton.jit
-def advance(state, b_LN, x_LV, dt, log_rest, writes, log_carry, PRECISION: tl.constexpr):
+def advance(state, b_LN, x_LV, dt, decay, PRECISION: tl.constexpr):
     """The state after a chunk: what is carried over and what its tokens write."""
-    write = tl.exp2(tl.where(writes, log_rest, float("-inf"))) * dt
+    write = tl.exp2(tl.where(decay.writes, decay.log_rest, float("-inf"))) * dt
     u_LV = (x_LV.to(tl.float32) * write[:, None]).to(x_LV.dtype)
-    return tl.dot(tl.trans(b_LN), u_LV, state * tl.exp2(log_carry), input_precision=PRECISION)
+    return tl.dot(tl.trans(b_LN), u_LV, state * tl.exp2(decay.log_carry), input_precision=PRECISION)
 
 
 @triton.jit
@@ -72,22 +72,19 @@ def scan_fwd_kernel(
     for chunk in range(begin, first_chunk):
         token = chunk * L + within
         dt, _ = load_steps(dt_pointer, bias_pointer, token, head, n_tokens, dt_stride_t)
-        _, log_rest, _, _, _, writes, _, log_carry = decays(
-            dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L
-        )
+        decay = decays(dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L)
         b_LN = b.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
         x_LV = x.load([row, head, chunk * L, v0]).reshape(L, BV)
         if states is not None:
             states.store([line, chunk, 0, v0], state.to(x_LV.dtype).reshape(1, 1, WIDTH_N, BV))
-        state = advance(state, b_LN, x_LV, dt, log_rest, writes, log_carry, PRECISION)
-        log_total += log_carry
+        state = advance(state, b_LN, x_LV, dt, decay, PRECISION)
+        log_total += decay.log_carry
     if y is not None:
         for chunk in range(first_chunk, end):
             token = chunk * L + within
             dt, _ = load_steps(dt_pointer, bias_pointer, token, head, n_tokens, dt_stride_t)
-            log_decay, log_rest, start, _, reads, writes, gives, log_carry = decays(
-                dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L
-            )
+            decay = decays(dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L)
+            log_decay, start = decay.log_decay, decay.start
             c_LN = c.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
             b_LN = b.load([row, group, chunk * L, 0]).reshape(L, WIDTH_N)
             x_LV = x.load([row, head, chunk * L, v0]).reshape(L, BV)
@@ -97,17 +94,17 @@ def scan_fwd_kernel(
             sees = (within[:, None] >= within[None, :]) & (start[:, None] == start[None, :])
             pair = tl.exp2(tl.where(sees, log_decay[:, None] - log_decay[None, :], float("-inf")))
             weights_LL = tl.dot(c_LN, tl.trans(b_LN), input_precision=PRECISION) * pair * dt[None, :]
-            read = tl.exp2(tl.where(reads, log_decay, float("-inf")))
+            read = tl.exp2(tl.where(decay.reads, log_decay, float("-inf")))
             y_LV = tl.dot(c_LN, narrow, input_precision=PRECISION) * read[:, None]
             y_LV = tl.dot(weights_LL.to(x_LV.dtype), x_LV, y_LV, input_precision=PRECISION)
             if D_pointer is not None:
                 y_LV += tl.load(D_pointer + head).to(tl.float32) * x_LV.to(tl.float32)
             out_LV = y_LV.to(x_LV.dtype)
             if MASKED:
-                out_LV = tl.where(gives[:, None], out_LV, y.load([row, head, chunk * L, v0]).reshape(L, BV))
+                out_LV = tl.where(decay.gives[:, None], out_LV, y.load([row, head, chunk * L, v0]).reshape(L, BV))
             y.store([row, head, chunk * L, v0], out_LV.reshape(1, 1, L, BV))
-            state = advance(state, b_LN, x_LV, dt, log_rest, writes, log_carry, PRECISION)
-            log_total += log_carry
+            state = advance(state, b_LN, x_LV, dt, decay, PRECISION)
+            log_total += decay.log_carry
     if final is not None:
         final.store([line, segment, 0, v0], state.reshape(1, 1, WIDTH_N, BV))
     if carry_pointer is not None:

@@ -25,6 +25,9 @@ FORWARD_COLUMNS = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}
 BACKWARD_COLUMNS = {16: 64, 32: 64, 64: 64, 128: 64, 256: 32}
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 CHUNK_OPTIONS = {"num_warps": 4, "num_stages": 1}
+# Tiles up to this width fit the registers of the chunks' backward side by side. If keys or values are wider, it loads c
+# twice; if both are, the states too, whose shared memory would leave no room for a second program.
+NARROW = 64
 # A shorter segment costs more in states than its programs gain.
 LEAST_CHUNKS_PER_SEGMENT = 8
 PROGRAMS_PER_PROCESSOR = 2
@@ -143,6 +146,8 @@ def triton_backward(
             dy=_tiles(dy_BTHV, width_V),
             D_pointer=streams.D_H,
             first_chunk=first_chunk,
+            C_AGAIN=max(common["WIDTH_N"], width_V) > NARROW,
+            STATES_AGAIN=min(common["WIDTH_N"], width_V) > NARROW,
             **CHUNK_OPTIONS,
         )
     dA_H, dbias_H, dD_H = sums.sum(0)

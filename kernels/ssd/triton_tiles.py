@@ -4,6 +4,8 @@
 # Jitted functions return values, which their annotations cannot say.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -65,19 +67,32 @@ def sum_from(value, start, next_start):
     return total
 
 
-@triton.jit
-def decays(dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L: tl.constexpr):
+class Decays(NamedTuple):
     """How far a chunk's tokens see each other and the states at its ends, in powers of 2.
 
-    Returns:
+    Attributes:
         log_decay: sum of dt * rate from the chunk's or the document's start up to each token.
         log_rest: the same over what follows each token in its chunk and document.
+        log_carry: what the entering state decays by until it leaves.
         start, next_start: column at which the document of each token, and of the one after it, starts; 0 where there
             are no documents.
         reads, writes: whether the token sees the entering state, and the leaving state the token.
         gives: whether the token has an output.
-        log_carry: what the entering state decays by until it leaves.
     """
+
+    log_decay: tl.tensor
+    log_rest: tl.tensor
+    log_carry: tl.tensor
+    start: tl.tensor
+    next_start: tl.tensor
+    reads: tl.tensor
+    writes: tl.tensor
+    gives: tl.tensor
+
+
+@triton.jit
+def decays(dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L: tl.constexpr):
+    """The `Decays` of the chunk whose tokens stand in the columns `token`."""
     da = dt * (rate * LOG2_E)
     if start_pointer is None:
         log_decay = tl.cumsum(da, 0)
@@ -100,4 +115,4 @@ def decays(dt, rate, start_pointer, token, n_tokens, first_output, transpoint, L
         reads = start < first
         writes = start == end_start
         gives = token - start >= transpoint
-    return log_decay, log_rest, start, next_start, reads, writes, gives, log_carry
+    return Decays(log_decay, log_rest, log_carry, start, next_start, reads, writes, gives)

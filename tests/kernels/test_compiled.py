@@ -166,7 +166,8 @@ def test_a_kernel_that_does_not_compile_is_a_fault(planted: dict[str, dict[str, 
     [
         ("ssd given=streams", 3),
         ("documents=True tail", 2),
-        pytest.param("", 12, marks=pytest.mark.long),
+        ("rope time_first=False", 1),
+        pytest.param("", 11, marks=pytest.mark.long),
     ],
     ids=lambda value: str(value).replace(" ", "-") or "all",
 )
@@ -178,6 +179,19 @@ def test_every_kernel_keeps_its_limits_on_hopper(only: str, n_kernels: int, tmp_
     report = json.loads(written.read_text())
     assert len({row["kernel"] for row in report["rows"]}) == n_kernels
     assert report["broken"] == {}
+
+
+@pytest.mark.long
+def test_wide_scans_spill_little_and_two_programs_share_a_processor(tmp_path: Path) -> None:
+    written = tmp_path / "rows.json"
+    done = run(["-m", "transmamba.kernels.compiled", "--only", "ssd wide", "--json", str(written)], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(written.read_text())["rows"]
+    widest = [row for row in rows if row["case"].endswith("128x128") and row["kernel"] == "chunk_bwd_kernel"]
+    assert len(widest) == 2 and all(row["spills"] <= 16 for row in widest)
+    assert not any(row["spills"] for row in rows if row not in widest)
+    for row in rows:
+        assert 2 * (row["shared_bytes"] + 1024) <= 228 * 1024, "a program costs a KiB more than it asks for"
 
 
 def test_a_case_that_does_not_exist_is_not_a_success(capsys: pytest.CaptureFixture[str]) -> None:

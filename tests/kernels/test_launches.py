@@ -133,4 +133,4 @@ def test_peers_are_counted_without_their_init_and_named_when_missing(
     peers = [row for row in rows if row["contestant"] == "mamba-ssm"]
     assert [row["shape"]["N"] for row in peers] == [64, 128, 128]
     assert peers[0]["forward"] == {"launches": 1, "bytes_per_token_head": 256, "names": ["mul (torch)"]}
-    assert len(rows) == 6
+    assert len([row for row in rows if "V" in row["shape"]]) == 6

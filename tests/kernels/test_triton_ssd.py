@@ -132,6 +132,20 @@ def test_widths_and_groups(n_groups: int, n_state: int, n_values: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("n_state", "n_values"), [(65, 20), (20, 65), (65, 65)])
+def test_wide_tiles_are_loaded_again_where_registers_end(n_state: int, n_values: int) -> None:
+    documents = documents_of([[0, 30], [0]], 130)
+    check(streams(n_tokens=130, n_state=n_state, n_values=n_values), documents=documents, transpoint=66)
+
+
+def test_what_is_loaded_again_is_the_same_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = streams(n_tokens=100, n_state=16, n_values=16)
+    once = values_and_gradients(ssd_scan, inputs)
+    monkeypatch.setattr(triton_scan, "NARROW", 8)
+    again = values_and_gradients(ssd_scan, inputs)
+    assert all(torch.equal(value, once[name]) for name, value in again.items())
+
+
 @pytest.mark.parametrize("starts", [None, [[0, 25, 70], [0]]], ids=["whole", "packed"])
 def test_tokens_before_the_transpoint_keep_what_they_had(starts: list[list[int]] | None) -> None:
     documents = None if starts is None else documents_of(starts, 100)

@@ -47,11 +47,13 @@ def test_scan_and_peers_are_timed_in_both_directions_and_failures_are_named(monk
 
 
 def test_nothing_is_timed_where_the_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transmamba.kernels.ssd import scan
+    from transmamba.kernels.ssd import triton_node
 
     repair(monkeypatch)
     monkeypatch.setattr(backend, "runs_triton", lambda stream: stream.dtype != torch.float64)
-    forward = scan.triton_forward
-    monkeypatch.setattr(scan, "triton_forward", lambda streams, *rest: forward(streams._replace(D_H=None), *rest))
+    forward = triton_node.triton_forward
+    monkeypatch.setattr(
+        triton_node, "triton_forward", lambda streams, *rest: forward(streams._replace(D_H=None), *rest)
+    )
     with pytest.raises(AssertionError, match="ssd"):
         next(scan_rows({"transmamba": launches.ours}, torch.device("cpu"), lambda call: 1.0, n_tokens=64))
