@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from transmamba.kernels.causal_conv import causal_conv
 from transmamba.kernels.gated_norm import gated_rms_norm
+from transmamba.kernels.rope import rope_qk
 from transmamba.kernels.ssd import final_state, ssd_scan
 from transmamba.kernels.testing import relative_rms
 
@@ -43,6 +44,7 @@ def far_errors(
     yield from _scan(stream(), stream(), stream(), tail)
     yield from _conv(stream(), tail)
     yield from _norm(stream(), stream(), tail)
+    yield from _rope(stream(), stream(), tail)
 
 
 def _scan(c_BTHN: Tensor, b_BTHN: Tensor, x_BTHV: Tensor, tail: int) -> Iterator[tuple[str, float]]:
@@ -76,6 +78,15 @@ def _norm(y_BTHV: Tensor, z_BTHV: Tensor, tail: int) -> Iterator[tuple[str, floa
     ends = [_end(stream, tail) for stream in (y_BTHV, z_BTHV)]
     whole, alone = gated_rms_norm(y_BTHV, weight_HV, z_BTHV), gated_rms_norm(ends[0], weight_HV, ends[1])
     yield from _compared("gated_norm", whole, alone, {"y": y_BTHV, "z": z_BTHV}, ends)
+
+
+def _rope(q_BTHN: Tensor, k_BTHN: Tensor, tail: int) -> Iterator[tuple[str, float]]:
+    pos_BT = torch.arange(q_BTHN.shape[1], device=q_BTHN.device)[None]
+    q, k = (_end(stream, tail) for stream in (q_BTHN, k_BTHN))
+    for name, stream, end in (("q", q_BTHN, q), ("k", k_BTHN, k)):
+        both = rope_qk(q_BTHN, k_BTHN, pos_BT), rope_qk(q, k, pos_BT[:, -tail:])
+        whole, alone = (turned[name == "k"] for turned in both)
+        yield from _compared(f"rope of {name}", whole, alone, {name: stream}, [end])
 
 
 def _end(stream: Tensor, tail: int) -> Tensor:
