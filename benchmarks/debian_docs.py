@@ -41,7 +41,7 @@ def main(work: Path) -> None:
     seconds = {"tokenizer": _run("transmamba", "data", "tokenizer", "train", *files, "--out", tokenizer)}
     for name in sources:
         arguments = [str(work / f"{name}.jsonl"), "--out", str(work / name), "--tokenizer", tokenizer, "--dedup"]
-        seconds[f"prepare {name}"] = _run("transmamba", "data", "prepare", *arguments)
+        seconds[f"prepare {name}"] = _run("transmamba", "data", "prepare", *arguments, "--replace")
         seconds[f"verify {name}"] = _run("transmamba", "data", "verify", str(work / name))
     run = work / "run"
     folders = [f"data.sources.{name}={work / name}" for name in sources]

@@ -93,7 +93,7 @@ def save_start(folder: Path, config: Config, model: Model, data: dict[str, Any],
     Raises:
         StorageError: the file system refused.
     """
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (folder / "config.yaml").write_text(to_yaml(config, leave_open=True), encoding="utf-8")
     one: Any = SimpleNamespace(world_size=1)  # all that the record needs to know of the ranks
     record = resume.record(config, step, data, one, tokens_seen=step * tokens_per_step(config))
     checkpoint.save(folder / "checkpoints", step, _pieces(model), record)

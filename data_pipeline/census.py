@@ -260,6 +260,7 @@ def draw_lengths(census: Census, out: Path) -> None:
         DataError: the file cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -269,6 +270,7 @@ def draw_lengths(census: Census, out: Path) -> None:
         axes.plot(lengths, documents, "o-", markersize=3, color=f"C{i}", label=f"{name}, documents")
         axes.plot(lengths, tokens, "o--", markersize=3, color=f"C{i}", alpha=0.5, label=f"{name}, tokens")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(xlabel="tokens", ylabel="share in documents of so many tokens or more", title=Path(census.folder).name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

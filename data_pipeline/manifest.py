@@ -25,7 +25,7 @@ _DTYPE_LIMITS = {"<u2": 1 << 16, "<u4": 1 << 32}
 # Where a tar header spells its format.
 _TAR_MAGIC_OFFSET = 257
 _TAR_MAGIC = b"ustar"
-_REBUILD = "make it again with `transmamba data prepare`"
+_REBUILD = "make it again with `transmamba data prepare --replace`"
 # Lower edges of the length bins: four per doubling, so a bin's lengths differ by at most 19 %.
 LENGTH_EDGES = np.unique(np.ceil(2.0 ** (np.arange(160) / 4)).astype(np.int64))
 
@@ -122,8 +122,10 @@ def load_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST_NAME if path.is_dir() or path.name != MANIFEST_NAME else path
     if not file.is_file():
+        below = sorted(path.glob(f"*/{MANIFEST_NAME}")) if path.is_dir() else []
+        advice = f"did you mean {below[0].parent}" if below else nearest_existing(file)
         make = "make one with `transmamba data prepare SRC... --out DIR`"
-        raise DataError(str(file), "no such manifest", f"{nearest_existing(file)}, or {make}")
+        raise DataError(str(file), "no such manifest", f"{advice}, or {make}")
     manifest = read_manifest(file)
     for name, split in manifest.splits.items():
         _check_blocks(manifest.folder / blocks_name(name), split)

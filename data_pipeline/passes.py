@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from transmamba.data_pipeline.definition import SAMPLE_CHARS, SAMPLE_CHARS_PER_ENTRY, definition_of, identities
 from transmamba.data_pipeline.encoding import (
     SHARDS,
     TOKENIZER_NAME,
@@ -26,7 +26,7 @@ from transmamba.data_pipeline.encoding import (
     source_changed,
     undo_join,
 )
-from transmamba.data_pipeline.manifest import FORMAT_VERSION, Manifest
+from transmamba.data_pipeline.manifest import Manifest
 from transmamba.data_pipeline.parts import Part
 from transmamba.data_pipeline.progress import show_step
 from transmamba.data_pipeline.records import save_bytes
@@ -50,9 +50,6 @@ DEFAULT_VOCAB_SIZE = 4096
 DEFAULT_SHARD_TOKENS = 64_000_000
 DEFAULT_VALIDATION_SHARE = 0.02
 DEFAULT_SEED = 17
-# The merges of a few thousand tokens settle long before this much text; those of larger vocabularies need more.
-SAMPLE_CHARS = 6_000_000
-_SAMPLE_CHARS_PER_ENTRY = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ def make_shards(work: Path, found: Input, given: Tokenizer | None, options: Opti
         DataError, WorkerDied, OSError: as `prepare`.
     """
     _take_over(work, found, given, options)
-    sample_chars = 0 if given else max(SAMPLE_CHARS, _SAMPLE_CHARS_PER_ENTRY * options.vocab_size)
+    sample_chars = 0 if given else max(SAMPLE_CHARS, SAMPLE_CHARS_PER_ENTRY * options.vocab_size)
     question = Question(options.field, options.seed, options.validation_share, sample_chars, found.n_bytes)
     n_workers = 0 if found.is_small else min(options.workers, len(found.parts))
     with start_workers(n_workers, threads=max(options.workers // max(n_workers, 1), 1)) as workers:
@@ -121,13 +118,7 @@ def make_shards(work: Path, found: Input, given: Tokenizer | None, options: Opti
 
 def _take_over(work: Path, found: Input, given: Tokenizer | None, options: Options) -> None:
     """Clear the work folder unless it was made by the same program from the same input with the same options."""
-    same = ("field", "eod_token", "validation_share", "dedup", "shard_tokens", "block_tokens", "seed")
-    plan: dict[str, object] = {
-        "program": [FORMAT_VERSION, SAMPLE_CHARS, _SAMPLE_CHARS_PER_ENTRY, importlib.metadata.version("tokenizers")],
-        "sources": [[file.place, file.n_bytes, file.stamp] for file in found.files],
-        "tokenizer": given.to_str() if given else options.vocab_size,
-    }
-    plan |= {name: getattr(options, name) for name in same}
+    plan = definition_of(identities(found.files), given, options)
     changed = begin(work, plan, keep={file.place for file in found.files})
     (work / SHARDS).mkdir(exist_ok=True)
     undo_join(work, len(found.parts))

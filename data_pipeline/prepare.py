@@ -16,7 +16,15 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from transmamba.data_pipeline.definition import (
+    SAMPLE_CHARS,
+    definition_of,
+    identities,
+    is_prepared,
+    save_definition,
+)
 from transmamba.data_pipeline.docstrings import MAX_CHARS, MIN_CHARS, MIN_SHARE, read_installed_docstrings
 from transmamba.data_pipeline.encoding import SHARDS
 from transmamba.data_pipeline.errors import DataError
@@ -27,7 +35,6 @@ from transmamba.data_pipeline.passes import (
     DEFAULT_SHARD_TOKENS,
     DEFAULT_VALIDATION_SHARE,
     DEFAULT_VOCAB_SIZE,
-    SAMPLE_CHARS,
     Input,
     Options,
     make_shards,
@@ -45,7 +52,10 @@ from transmamba.data_pipeline.tokenizer import (
     load_tokenizer,
     token_bytes,
 )
-from transmamba.data_pipeline.work import hold_work_folder, remove_work_folder
+from transmamba.data_pipeline.work import hold_work_folder, leave_work_folder, remove_work_folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # A small vocabulary for the small model that this corpus is for: more of its few tokens are seen often.
 CORPUS_VOCAB_SIZE = 2048
@@ -67,11 +77,12 @@ def prepare(
     seed: int = DEFAULT_SEED,
     workers: int | None = None,
     progress: bool = True,
+    replace: bool = False,
 ) -> Manifest:
     """Turn text into a folder of token shards with a tokenizer and a manifest.
 
-    The same input gives the same bytes. The folder appears whole or not at all, in place of an earlier one. Work that
-    was interrupted is kept beside it, and the same call goes on from there.
+    The same input gives the same bytes. The folder appears whole or not at all. Work that was interrupted is kept
+    beside it, and the same call goes on from there; after finished work the same call does nothing.
 
     Args:
         sources: files, folders, globs and URLs of txt, md, jsonl and parquet; None reads the installed docstrings.
@@ -87,9 +98,11 @@ def prepare(
         seed: of the validation split.
         workers: processes; None is one per core.
         progress: show progress on stderr.
+        replace: make it anew, in place of data that are there, whatever they were made from.
 
     Raises:
-        DataError: nothing to read, unreadable input, an option out of range, or a target with other files.
+        DataError: nothing to read, unreadable input, an option out of range, or a target with other files, or with
+            data made from something else.
         WorkerDied: a worker was killed; the same call goes on.
         OSError: the disk is full or broken; the same call goes on.
     """
@@ -108,8 +121,7 @@ def prepare(
         workers=len(os.sched_getaffinity(0)) if workers is None else workers,
         progress=progress,
     )
-    _check_options(options)
-    _build(options, replace=True)
+    build(options, replace=replace)
     return load_manifest(out)
 
 
@@ -131,7 +143,7 @@ def default_corpus(cache_root: Path | None = None, progress: bool = True) -> Pat
             # Absent, or damaged; both are put right by building it.
             if folder.exists():
                 remove_folder(folder)
-            _build(Options(folder, vocab_size=CORPUS_VOCAB_SIZE, progress=progress), replace=False)
+            build(Options(folder, vocab_size=CORPUS_VOCAB_SIZE, progress=progress))
     return folder
 
 
@@ -179,7 +191,13 @@ def _check_options(options: Options) -> None:
         raise DataError("block_tokens", problem, f"use {BLOCK_TOKENS:,}")
 
 
-def _build(options: Options, *, replace: bool) -> None:
+def build(options: Options, *, replace: bool = False) -> bool:
+    """As `prepare`; whether there was anything to do.
+
+    Raises:
+        DataError, WorkerDied, OSError: as `prepare`.
+    """
+    _check_options(options)
     check_target(options.out)
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     if given:
@@ -187,20 +205,42 @@ def _build(options: Options, *, replace: bool) -> None:
         token_bytes(given)
         end_of_text_id(given, options.eod_token)
     found = None if options.sources is None else _find_input(options, options.sources)
+    sources = identities(found.files) if found else ["installed docstrings", _environment_digest()]
+    definition = definition_of(sources, given, options)
+    if not replace and is_prepared(options.out, definition):
+        return False
     with hold_work_folder(options.out) as work:
         settle_replacement(options.out, work / "replaced")
         try:
-            made = make_shards(work, found or _write_docstrings(work, options), given, options)
-        except UnreadableSource:
-            # It may be there again in a minute, so what was done is kept.
-            raise
+            # Another process may have made it in the meantime, and a killed one may have put it aside.
+            is_there = not replace and is_prepared(options.out, definition)
         except DataError:
-            remove_work_folder(work)
+            leave_work_folder(work)
             raise
-        save_manifest(made, work / SHARDS)
-        check_target(options.out)
-        move_into_place(work / SHARDS, options.out, work / "replaced", replace=replace)
+        if is_there:
+            remove_work_folder(work)
+        else:
+            _make(options, given, found, definition, work)
+    return not is_there
+
+
+def _make(
+    options: Options, given: Tokenizer | None, found: Input | None, definition: dict[str, object], work: Path
+) -> None:
+    is_replaced = options.out.exists()
+    try:
+        made = make_shards(work, found or _write_docstrings(work, options), given, options)
+    except UnreadableSource:
+        # It may be there again in a minute, so what was done is kept.
+        raise
+    except DataError:
         remove_work_folder(work)
+        raise
+    save_definition(definition, work / SHARDS)
+    save_manifest(made, work / SHARDS)
+    check_target(options.out)
+    move_into_place(work / SHARDS, options.out, work / "replaced", replace=is_replaced)
+    remove_work_folder(work)
 
 
 def _find_input(options: Options, sources: list[str]) -> Input:

@@ -27,6 +27,8 @@ _CONNECT_S, _SILENCE_S = 15.0, 60.0
 _NOTABLE_PAUSE_S = 3.0
 # Of the answers "your request is wrong" these are about the moment: too slow, too early, too many.
 _PASSING_STATUS = {408, 425, 429}
+# How libraries, which may not be installed, call that there is nothing to ask for access with.
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}
 # Pauses need no seed, and must not disturb those who share the generator of the module.
 _random = random.SystemRandom()
 
@@ -192,7 +194,8 @@ def _options(protocol: str) -> dict[str, Any]:
 def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS
-    return refused or isinstance(error, (FileNotFoundError, PermissionError))
+    is_unknown = type(error).__name__ in _NO_CREDENTIALS
+    return refused or is_unknown or isinstance(error, (FileNotFoundError, PermissionError))
 
 
 def _final_error(place: str, error: Exception) -> DataError:

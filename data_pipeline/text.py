@@ -77,12 +77,13 @@ def text_of_line(line: str, name: str, field: str) -> str:
 
 
 def nearest_existing(path: Path) -> str:
-    """Advice for a path that does not exist: the most similar name in the deepest folder that does."""
-    parent = path.parent
+    """Advice for a path that does not exist: a similar name in the deepest folder that does, if there is one."""
+    parent, is_folder = path.parent, False
     while not parent.is_dir():
-        path, parent = parent, parent.parent
-    names = sorted(entry.name for entry in parent.iterdir())
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)
+        # Something is looked for below it, so only a folder can be meant.
+        path, parent, is_folder = parent, parent.parent, True
+    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or not is_folder)
+    close = difflib.get_close_matches(path.name, names, n=1)
     if not close:
-        return f"the folder {parent} is empty"
+        return f"check the path; {parent} holds no similar name"
     return f"the nearest existing name is {parent / close[0]}"

@@ -12,7 +12,7 @@ from transmamba.data_pipeline.blocks import STARTS_DTYPE, block_digest, blocks_n
 from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.manifest import Manifest, Shard, Split, check_shard
 
-_AGAIN = "copy it again or make it with `transmamba data prepare`"
+_AGAIN = "copy it again or make it with `transmamba data prepare --replace`"
 
 
 # What is known of a block: it was verified in the head of its shard, or in the whole one.

@@ -21,7 +21,7 @@ from transmamba.data_pipeline.manifest import LENGTH_EDGES, MANIFEST_NAME, Lengt
 from transmamba.data_pipeline.progress import Advance, show_step
 from transmamba.data_pipeline.text import nearest_existing
 
-AGAIN = "copy it again or make it with `transmamba data prepare`"
+AGAIN = "copy it again or make it with `transmamba data prepare --replace`"
 # Bytes hashed at once where there are no blocks to go by.
 _CHUNK_BYTES = 1 << 24
 # Damaged blocks of one shard that are named; the others are counted.

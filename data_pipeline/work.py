@@ -49,6 +49,12 @@ def remove_work_folder(folder: Path) -> None:
         folder.rmdir()
 
 
+def leave_work_folder(folder: Path) -> None:
+    """Remove it, while it is held, unless there is work in it to go on with."""
+    if not (folder / _PLAN).exists():
+        remove_work_folder(folder)
+
+
 def begin(folder: Path, plan: dict[str, object], *, keep: Collection[str] = ()) -> list[str]:
     """Keep what an earlier run with the same plan has done, or clear the folder.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from transmamba.errors import EXIT_DONE, CompleteRunError
 from transmamba.launch.attempt import DIED_BY_SIGNAL, MAX_IDLE_RESTARTS, RESTARTED, Attempt
 from transmamba.launch.checked import RANK_VARIABLES, checked
 from transmamba.launch.tee import Copier
@@ -71,13 +72,17 @@ def run_local(
         log: another file that gets what rank 0 says.
 
     Returns:
-        The run's exit code; 50 after three restarts without a new checkpoint; 128 + n if signal n was passed on
-        before there was anything to save.
+        The run's exit code, 0 for one that had all its steps before; 50 after three restarts without a new checkpoint;
+        128 + n if signal n was passed on before there was anything to save.
 
     Raises:
         ConfigError: the configuration is wrong for so many ranks; nothing was created.
     """
-    config, overrides = checked(overrides, nproc, may_restart=max_restarts > 0)
+    try:
+        config, overrides = checked(overrides, nproc, may_restart=max_restarts > 0)
+    except CompleteRunError as complete:
+        print(complete.told(), file=sys.stderr)
+        return EXIT_DONE
     folder, words = Path(str(config.run.dir)), command(overrides, nproc)
     restarts = idle = 0
     with _Asked() as asked:

@@ -1,5 +1,6 @@
 """The `transmamba` command. Every sub-command imports what it needs when it is called: help answers at once."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,10 @@ from transmamba.cli_sweep import sweep
 from transmamba.train import wait_politely
 
 app = typer.Typer(
-    help="Pretrain TransMamba language models. Training itself: python -m transmamba.train [key=value]",
+    # The backslash keeps rich from reading the bracket as its own markup.
+    help=r"Pretrain TransMamba language models. Training itself: python -m transmamba.train \[key=value] (--help)",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -30,6 +33,41 @@ app.add_typer(launch, name="launch")
 app.add_typer(sweep, name="sweep")
 app.add_typer(runs, name="runs")
 app.add_typer(bench, name="bench")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"transmamba {version('transmamba')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
+@app.command(
+    hidden=True,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def train(context: typer.Context) -> None:
+    """Say where training is."""
+    from transmamba.errors import ConfigError, Problem
+
+    words = shlex.join(["python", "-m", "transmamba.train", *context.args])
+
+    def run() -> None:
+        raise ConfigError([Problem("train", "not a command of `transmamba`", "train", f"type {words}")])
+
+    answer(run)
+
 
 RunDir = Annotated[Path, typer.Argument(help="A run folder")]
 
@@ -70,7 +108,10 @@ def generate(
 
 @app.command()
 def evaluate(
-    run_dir: RunDir,
+    run_dir: Annotated[Path, typer.Argument(help="A run folder, or a model folder of transformers")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of data and validation, such as data.path=DIR, after --")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for evaluate.json and the picture; the run's own if none")
     ] = None,
@@ -88,14 +129,19 @@ def evaluate(
     from transmamba.scoring import score_lines
 
     def run() -> None:
-        folder = run_dir if out is None else out
-        print("\n".join(score_lines(score(run_dir, out=folder, max_tokens=max_tokens, seq_len=seq_len))))
+        folder, changes = run_dir if out is None else out, overrides or []
+        names = tasks.split(",") if tasks else []
+        if names:
+            from transmamba.tasks import check_tasks
+
+            check_tasks(names, include)
+        scores = score(run_dir, out=folder, max_tokens=max_tokens, seq_len=seq_len, overrides=changes)
+        print("\n".join(score_lines(scores)))
         print(f"written to {folder / 'evaluate.json'}, {folder / 'evaluate.png'}")
-        if tasks:
+        if names:
             from transmamba.tasks import result_lines, run_tasks
 
-            names = tasks.split(",")
-            results = run_tasks(run_dir, tasks=names, include=include, out=folder, limit=limit)
+            results = run_tasks(run_dir, tasks=names, include=include, out=folder, limit=limit, overrides=changes)
             print("\n".join([*result_lines(results), f"written to {folder / 'tasks.json'}"]))
 
     answer(run)

@@ -32,19 +32,24 @@ def prepare(
     block_tokens: Annotated[int, typer.Option(help="Tokens that are verified together")] = 131_072,
     seed: Annotated[int, typer.Option(help="Of the split")] = 17,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core if not given")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Make it anew, in place of data made otherwise")] = False,
 ) -> None:
     """Turn text into verified token shards, a tokenizer and a manifest. Interrupted, the same command goes on."""
-    options = {"vocab_size": vocab_size, "tokenizer": tokenizer, "validation_share": validation_share}
-    options |= {"field": field, "eod_token": eod_token, "dedup": dedup, "seed": seed, "workers": workers}
+    options = {"vocab_size": vocab_size, "tokenizer": tokenizer, "validation_share": validation_share, "field": field}
+    options |= {"shard_tokens": shard_tokens, "block_tokens": block_tokens, "eod_token": eod_token}
+    options |= {"dedup": dedup, "seed": seed} | ({} if workers is None else {"workers": workers})
 
     def run() -> None:
-        from transmamba.data_pipeline.prepare import prepare as make
-        from transmamba.data_pipeline.prepare import summary_lines
+        from transmamba.data_pipeline.manifest import load_manifest
+        from transmamba.data_pipeline.passes import Options
+        from transmamba.data_pipeline.prepare import build, summary_lines
 
         started_at = time.monotonic()
         with _resumable(out):
-            manifest = make(sources, out, shard_tokens=shard_tokens, block_tokens=block_tokens, **options)
-        print("\n".join(summary_lines(manifest, time.monotonic() - started_at)))
+            is_new = build(Options(out, sources, **options), replace=replace)
+        if not is_new:
+            print(f"{out} is already there, made from the same input with the same options")
+        print("\n".join(summary_lines(load_manifest(out), time.monotonic() - started_at if is_new else None)))
 
     answer(run)
 

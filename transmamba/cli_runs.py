@@ -84,7 +84,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="The picture")] = Path("compare.png"),
 ) -> None:
     """Draw the losses of several runs over each other; say how far apart they are and which settings differ."""
-    from transmamba.plot import compare_losses
+    from transmamba.plot import compare_losses, run_labels
     from transmamba.runs import run_state
     from transmamba.runs_show import differing_keys
 
@@ -94,7 +94,7 @@ def compare(
         states = [asdict(run_state(folder)) for folder in run_dirs]
         rows = [[name.replace("_per_s", "/s"), *(_number(state[name]) for state in states)] for name in names]
         rows += [[key, *map(_plain, values)] for key, values in differing_keys(run_dirs).items()]
-        _print_rows(["", *(folder.name for folder in run_dirs)], rows)
+        _print_rows(["", *run_labels(run_dirs)], rows)
         print("\n".join([*lines, f"drawn to {out}"]))
 
     answer(run)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from transmamba import plain_yaml
-from transmamba.config import Config, fill_defaults
+from transmamba.config import Config, fill_defaults, open_defaults
 from transmamba.errors import ConfigError, Problem
 from transmamba.interpolation import escape, resolve, value_at
 from transmamba.keys import accepted, known_leaf, suggest
@@ -69,9 +69,17 @@ def load(argv: list[str], world_size: int | None = None) -> Config:
     return config
 
 
-def to_yaml(config: Config) -> str:
-    """Plain resolved values, which `--config` reads back as an equal configuration."""
-    return plain_yaml.write(escape(config.model_dump()))
+def to_yaml(config: Config, *, leave_open: bool = False) -> str:
+    """Plain resolved values, which `--config` reads back as an equal configuration.
+
+    Args:
+        leave_open: leave out the defaults that fit themselves to other keys, so that they still do: for a run that
+            has not begun. One that has keeps the values it began with.
+    """
+    values = config.model_dump()
+    for section, name in open_defaults(config) if leave_open else ():
+        del values[section][name]
+    return plain_yaml.write(escape(values))
 
 
 def _merge(overrides: Overrides, problems: list[Problem]) -> dict[str, Any]:
@@ -96,10 +104,11 @@ def _read_file(path: Path, problems: list[Problem]) -> dict[str, Any]:
     except ConfigError as error:
         problems += error.problems
     except (OSError, ValueError) as error:
-        names = []
+        by_stem: dict[str, str] = {}
         if isinstance(error, OSError) and path.parent.is_dir():
-            names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
-        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+            by_stem = {file.stem: file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml")}
+        # By stem: with their common ending, short names are like any other.
+        near = [by_stem[stem] for stem in difflib.get_close_matches(path.stem, by_stem, n=3, cutoff=0.6)]
         reason = error.strerror if isinstance(error, OSError) else "not a path"
         fix = f"did you mean {' or '.join(near)}" if near else "give the path of a YAML file"
         problems.append(Problem("--config", f"cannot read the file: {reason}", path, fix))

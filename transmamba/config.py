@@ -341,9 +341,15 @@ def head_width(model: ModelConfig) -> int:
     return model.head_dim or model.d_model // model.n_heads
 
 
+def open_defaults(config: Config) -> list[tuple[str, str]]:
+    """Section and name of the keys that nobody gave and that fit themselves to others, also once they are filled in."""
+    fitting = (("train", "micro_batch"), ("optim", "min_lr"), ("optim", "warmup"), ("checkpoint", "every"))
+    return [(section, name) for section, name in fitting if name not in getattr(config, section).model_fields_set]
+
+
 def fill_defaults(config: Config, world_size: int = 1) -> None:
     """Fit the defaults that depend on other keys and on the number of processes; what was given stays as it is."""
-    steps = total_steps(config)
+    steps, not_given = total_steps(config), open_defaults(config)
     if "micro_batch" not in config.train.model_fields_set:
         parallel = config.parallel
         n_rows = config.train.global_batch // max(world_size // (parallel.tp * parallel.pp * parallel.cp), 1)
@@ -357,3 +363,5 @@ def fill_defaults(config: Config, world_size: int = 1) -> None:
         config.optim.warmup = warmup * (tokens_per_step(config) if config.optim.unit == "tokens" else 1)
     if steps and "every" not in config.checkpoint.model_fields_set:
         config.checkpoint.every = min(config.checkpoint.every, steps)
+    for section, name in not_given:
+        getattr(config, section).model_fields_set.discard(name)

@@ -63,6 +63,18 @@ class ConfigError(Exception):
         return [problem.line() for problem in self.problems[:MAX_LINES]]
 
 
+class CompleteRunError(ConfigError):
+    """Nothing is wrong but that the run has all its steps; what starts runs again takes this for done."""
+
+    def __init__(self, problems: list[Problem], folder: object, step: int) -> None:
+        self._folder, self._step = folder, step
+        super().__init__(problems)
+
+    def told(self) -> str:
+        """The same as no error, on one line."""
+        return f"transmamba: {self._folder} is complete at step {self._step}; raise train.steps to train longer"
+
+
 def _shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -11,7 +11,7 @@ from transmamba.checkpoint import newest_valid
 from transmamba.compose import load
 from transmamba.config import Config
 from transmamba.data_pipeline.tokenizer import load_tokenizer
-from transmamba.errors import ConfigError, Problem
+from transmamba.errors import EXIT_NO_VALID_CHECKPOINT, ConfigError, Problem, RunError
 from transmamba.model.decode import prefill, step
 from transmamba.model.model import Model
 from transmamba.resume import load_weights
@@ -62,7 +62,8 @@ def load_run(folder: Path) -> tuple[Model, Tokenizer, Config, int]:
     tokenizer, configuration and end-of-document id.
 
     Raises:
-        ConfigError: no run there, no checkpoint that verifies, or a model that is none of ours.
+        ConfigError: no run there, no checkpoint, or a model that is none of ours.
+        RunError: there are checkpoints and none of them verifies (exit 21).
     """
     if (folder / "config.json").is_file():
         # transformers is needed for nothing else here.
@@ -72,10 +73,13 @@ def load_run(folder: Path) -> tuple[Model, Tokenizer, Config, int]:
     if not (folder / "config.yaml").is_file():
         raise ConfigError([Problem("RUN_DIR", "there is no config.yaml in it", folder, "give a run folder")])
     config = load(["--config", str(folder / "config.yaml")])
-    checkpoint, _ = newest_valid(folder / "checkpoints")
+    checkpoint, rejected = newest_valid(folder / "checkpoints")
     if checkpoint is None:
-        problem = Problem("RUN_DIR", "it has no valid checkpoint", folder, "train it first")
-        raise ConfigError([problem])
+        if rejected:
+            why = f"none of its {len(rejected)} checkpoints verifies ({next(iter(rejected.values()))})"
+            fix = f"see `transmamba checkpoint verify {folder}`, and restore one from a copy"
+            raise RunError(EXIT_NO_VALID_CHECKPOINT, f"RUN_DIR: {why}. Fix: {fix}")
+        raise ConfigError([Problem("RUN_DIR", "it has no checkpoint", folder, "train it first")])
     data = checkpoint.manifest["data"]
     model = build_model(config, data["vocab_size"])
     load_weights(checkpoint, model)

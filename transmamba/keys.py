@@ -95,10 +95,13 @@ def suggest(key: str) -> str:
     plain = unicodedata.normalize("NFKD", key).encode("ascii", "replace").decode().replace("?", "").lower()
     last = plain.rsplit(".", 1)[-1]
     exact = [leaf for leaf in leaves() if leaf.rsplit(".", 1)[-1] == last]
+    near_sections = [] if "." in plain else difflib.get_close_matches(plain, sections(), n=2, cutoff=0.75)
     if last in _ALIASES:
         names = [_ALIASES[last]]
     elif exact:
         names = exact[:3]
+    elif near_sections:
+        names = near_sections
     else:
         by_name = {leaf.rsplit(".", 1)[-1]: leaf for leaf in leaves()}
         near = difflib.get_close_matches(plain, leaves(), n=2, cutoff=0.6)

@@ -42,6 +42,19 @@ def choose_precision(wanted: Precision | None, device: torch.device) -> Precisio
     return wanted or ("bf16" if device.type == "cuda" else "fp32")
 
 
+def has_slow_bf16(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether this CPU multiplies bf16 matrices without units for it, which takes about ten times as long as fp32.
+
+    False where its flags cannot be read.
+    """
+    try:
+        with open(cpuinfo, encoding="utf-8") as file:
+            flags = next(line.split(":", 1)[1].split() for line in file if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return False
+    return not {"amx_bf16", "avx512_bf16", "bf16"} & set(flags)  # the last one is Arm's
+
+
 def sum_in_one_order() -> None:
     """Let torch choose operations that give the same bits every time, and refuse those that have none.
 

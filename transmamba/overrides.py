@@ -88,8 +88,9 @@ def choose(group: str, name: str, choices: dict[str, str], problems: list[Proble
     if name in names:
         choices.setdefault(group, name)
         return
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
-    fix = f"choose {', '.join(near)}; single values are {group}.<key>=<value>"
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    ordered = dict.fromkeys([*near, *names])
+    fix = f"choose {', '.join(ordered)}; single values are {group}.<key>=<value>"
     problems.append(Problem(group, "no such choice", name, fix))
 
 
@@ -119,7 +120,7 @@ def _split(argv: list[str], found: Overrides, problems: list[Problem]) -> list[s
             else:
                 found.file = Path(name)
         elif text.startswith("-"):
-            fix = "write overrides as key=value; the only option here is --config FILE"
+            fix = "write overrides as key=value; `python -m transmamba.train --help` shows the options"
             problems.append(Problem(text.partition("=")[0], "unknown option", text, fix))
         else:
             texts.append(text)

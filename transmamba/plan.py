@@ -19,7 +19,7 @@ from transmamba.costs import (
     whole_windows,
 )
 from transmamba.plan_parallel import ParallelPlan, parallel_plan, print_parallel
-from transmamba.transpoint import LayerKind, effective_points, layer_kinds
+from transmamba.transpoint import LayerKind, cut_schedules, effective_points, layer_kinds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +111,7 @@ def make_plan(config: Config, corpus: "Corpus | None" = None, world_size: int = 
         tokens=steps * tokens_per_step(config),
         steps=steps,
         tokens_per_step=tokens_per_step(config),
-        warnings=_warnings(layers, shares),
+        warnings=(*cut_schedules(config), *_warnings(layers, shares)),
         parallel=parallel_plan(config, costs, head_cost, rows, world_size),
     )
 

@@ -1,5 +1,8 @@
 """Pictures of what runs recorded: loss.png of one run, and several runs in one picture."""
 
+import math
+import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +18,7 @@ _LABELS = {"loss": "loss (nats per token)", "validation": "validation loss (nats
 def plot_loss(folder: Path) -> Path | None:
     """Draw loss over tokens from metrics.jsonl into loss.png; None when no step is recorded."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     records = read_metrics(folder)
     if not records:
@@ -29,7 +33,8 @@ def plot_loss(folder: Path) -> Path | None:
     for index, name in enumerate(names, start=1):  # C0 is the training curve's blue
         held = [(r["tokens"], r["validation"][name]["loss"]) for r in records if name in r.get("validation", {})]
         axes.plot(*zip(*held, strict=True), "o-", color=f"C{index}", markersize=4, label=name)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=folder.name)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run_title(folder))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     path = folder / "loss.png"
@@ -37,11 +42,30 @@ def plot_loss(folder: Path) -> Path | None:
     return path
 
 
+def run_title(folder: Path) -> str:
+    """Name of a run for a picture that may be anywhere: its folder, and the one that this is in."""
+    return "/".join(Path(os.path.abspath(folder)).parts[-2:])
+
+
+def run_labels(folders: Sequence[Path]) -> list[str]:
+    """Names of runs: as much of the end of each path as tells it from the others."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+
+    def shortest(own: tuple[str, ...]) -> str:
+        for length in range(1, len(own)):
+            if all(other == own or other[-length:] != own[-length:] for other in parts):
+                return "/".join(own[-length:])
+        return str(Path(*own))
+
+    return [shortest(own) for own in parts]
+
+
 def compare_losses(folders: Sequence[Path], out: Path) -> list[str]:
     """Draw the runs' training losses over each other, and below how far each is from the first.
 
     Returns:
-        One line per run but the first: its largest and its last difference, in nats, over the steps both have.
+        One line per run but the first: its largest and its last difference, in nats, over the steps both have, or
+        that there is none.
 
     Raises:
         ConfigError: a folder has no recorded step, or no step in common with the first; `out` is no picture's name.
@@ -55,18 +79,25 @@ def compare_losses(folders: Sequence[Path], out: Path) -> list[str]:
             raise ConfigError([Problem("RUN_DIR", "no step in common with the first", folder, "give run folders")])
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    lines = []
-    for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
-        width = 3.5 if number == 0 else 1.2  # the first shows through below the others
-        above.plot(list(run), list(run.values()), f"C{number}", linewidth=width, alpha=0.8, label=folder.name)
-        if number == 0:
-            continue
+    lines, labels = [], run_labels(folders)
+    for number, (label, run) in enumerate(zip(labels, runs, strict=True)):
         steps = sorted(run.keys() & runs[0].keys())
         apart = [abs(run[step] - runs[0][step]) for step in steps]
-        below.semilogy(steps, [max(value, 1e-9) for value in apart], f"C{number}", linewidth=1)
-        lines.append(
-            f"{folder.name}: at most {max(apart):.1e} nats from {folders[0].name}, {apart[-1]:.1e} at step {steps[-1]}"
-        )
+        is_equal = number > 0 and not any(apart)
+        width = 3.5 if number == 0 else 1.2  # the first shows through below the others
+        shown = f"{label} (equal)" if is_equal else label
+        above.plot(list(run), list(run.values()), f"C{number}", linewidth=width, alpha=0.8, label=shown)
+        if is_equal:
+            lines.append(f"{label}: equal to {labels[0]} in all {len(steps)} steps that both have")
+        elif number:
+            # The axis has no place for zero.
+            below.semilogy(steps, [value or math.nan for value in apart], f"C{number}", linewidth=1)
+            lines.append(
+                f"{label}: at most {max(apart):.1e} nats from {labels[0]}, {apart[-1]:.1e} at step {steps[-1]}"
+            )
+    if not below.lines:
+        below.text(0.5, 0.5, "no difference", transform=below.transAxes, ha="center", va="center", color="#888888")
+        below.set_yticks([])
     above.set(ylabel="loss (nats per token)")
     above.legend(frameon=False)
     below.set(xlabel="step", ylabel="difference (nats)")
@@ -87,11 +118,12 @@ def plot_runs(folders: Sequence[Path], x: Literal["step", "tokens", "time"], ys:
         ConfigError: a run has none of the numbers of `ys`, or `out` is no picture's name.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     _check_picture(out)
     figure = Figure(figsize=(8, 3.2 * len(ys) + 0.8), layout="constrained")
     diagrams = figure.subplots(len(ys), 1, sharex=True, squeeze=False)[:, 0]
-    for number, folder in enumerate(folders):
+    for number, (folder, label) in enumerate(zip(folders, run_labels(folders), strict=True)):
         records = read_metrics(folder)
         places = _hours(records) if x == "time" else [record[x] for record in records]
         for axes, name in zip(diagrams, ys, strict=True):
@@ -103,11 +135,13 @@ def plot_runs(folders: Sequence[Path], x: Literal["step", "tokens", "time"], ys:
                 raise ConfigError([Problem("--y", f"{folder} has no such number", name, fix)])
             marker = "o-" if name in ("validation", "bits_per_byte") else "-"
             axes.plot(*zip(*points, strict=True), marker, color=f"C{number}", linewidth=1.2, markersize=4,
-                      label=folder.name)  # fmt: skip
+                      label=label)  # fmt: skip
     for axes, name in zip(diagrams, ys, strict=True):
         axes.set(ylabel=_LABELS.get(name, name))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+    if x == "tokens":
+        diagrams[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     diagrams[-1].set(xlabel={"time": "hours of training"}.get(x, x))
     figure.savefig(out, dpi=130)
 
@@ -137,10 +171,6 @@ def _check_picture(out: Path) -> None:
         raise ConfigError([Problem("--out", "not the name of a picture", out, "end it in .png, .svg or .pdf")])
 
 
-def _smooth(values: list[float], decay: float = 0.9) -> list[float]:
-    """Exponential mean with the bias of its first values taken out."""
-    mean, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append(mean / weight)
-    return smoothed
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over the last tenth of the steps so far, of 50 at most: a wider one would lag where the loss falls fast."""
+    return [statistics.fmean(values[end - max(1, min(end // 10, 50)) : end]) for end in range(1, len(values) + 1)]

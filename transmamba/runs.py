@@ -34,6 +34,7 @@ from transmamba.errors import (
     Problem,
 )
 from transmamba.heartbeat import Phase, Word
+from transmamba.launch.attempt import DIED_BY_SIGNAL
 from transmamba.metrics import EVENTS, METRICS, newest_first
 
 MEANINGS = {
@@ -104,7 +105,9 @@ def run_state(folder: Path, name: str | None = None) -> RunState:
     records = list(islice(_records(folder / METRICS), _PACE_STEPS))
     last = records[0] if records else {}
     rates = [rate for record in records if isinstance(rate := record.get("tokens_per_s"), int | float)]
-    state, code, why, host = _state(folder, last)
+    held = {} if last else _held(folder)
+    state, code, why, host = _state(folder, last, held)
+    last = last or held
     return RunState(
         name=name or folder.name,
         folder=str(folder),
@@ -145,7 +148,17 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.yaml").exists() or ((folder / "checkpoints").is_dir() and (folder / "logs").is_dir())
 
 
-def _state(folder: Path, last: dict[str, Any]) -> tuple[State, int | None, str, str | None]:
+def _held(folder: Path) -> dict[str, Any]:
+    """Step and tokens of the newest checkpoint, in a folder that was made around one; empty if there is none."""
+    found = [path.parent for path in (folder / "checkpoints").glob("step-*/manifest.json")]
+    numbered = [(int(path.name[5:]), path) for path in found if path.name[5:].isdecimal()]
+    if not numbered:
+        return {}
+    step, path = max(numbered)
+    return {"step": step, "tokens": read_json(path / "manifest.json").get("tokens_seen")}
+
+
+def _state(folder: Path, last: dict[str, Any], held: dict[str, Any]) -> tuple[State, int | None, str, str | None]:
     """State, exit code, words and host. An exit.json from before the lock is that of a former attempt."""
     lock, ended = folder / "lock.json", folder / "exit.json"
     holder, locked_at, ended_at = read_json(lock), _changed_at(lock), _changed_at(ended)
@@ -163,8 +176,11 @@ def _state(folder: Path, last: dict[str, Any]) -> tuple[State, int | None, str, 
     record = read_json(ended)
     code = _whole(record.get("code"))
     if code is None:
-        return ("crashed" if last else "new"), None, ("no exit.json" if last else "has no step yet"), None
-    other = f"signal {code - 128} before there was anything to save" if code > 128 else "unknown"
+        if last:
+            return "crashed", None, "no exit.json", None
+        return "new", None, f"holds a checkpoint of step {held['step']}" if held else "has no step yet", None
+    signal = code - DIED_BY_SIGNAL
+    other = f"signal {signal} before there was anything to save" if signal > 0 else "unknown"
     words = f"{code}: {MEANINGS.get(code, other)}"
     if code == EXIT_DONE:
         return "done", code, words, None

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -26,7 +27,7 @@ from transmamba.generate import complete
 from transmamba.heartbeat import Heartbeat
 from transmamba.heartbeat import start as start_heartbeat
 from transmamba.loop import train_steps
-from transmamba.machine import choose_precision, choose_threads, describe_device, sum_in_one_order
+from transmamba.machine import choose_precision, choose_threads, describe_device, has_slow_bf16, sum_in_one_order
 from transmamba.metrics import Journal, WandbFeed, read_metrics
 from transmamba.parallel import topology as groups
 from transmamba.parallel.topology import Topology
@@ -37,6 +38,7 @@ from transmamba.run import Run, build_run, describe, make_folder
 from transmamba.transpoint import effective_points
 from transmamba.wandb_key import mode_line
 
+_SLOW_BF16 = "; this CPU has no bf16 units: expect a tenth of the speed of precision=fp32"
 EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to save yet
 
 
@@ -197,12 +199,13 @@ def _banner(
     parallel = config.parallel
     ranks = f"{topology.world_size}: tp {parallel.tp}{' with sp' if parallel.sp else ''} x cp {parallel.cp} x dp "
     ranks += f"{topology.dp} x pp {parallel.pp}" + (f" in {parallel.vpp} chunks each" if parallel.vpp > 1 else "")
+    is_slow = config.precision == "bf16" and topology.device.type == "cpu" and has_slow_bf16()
     report.facts(
         {
             "run folder": str(folder),
             "device": f"{describe_device(topology.device)}, {config.train.threads} threads ({threads_reason})",
             **({"ranks": ranks} if topology.world_size > 1 else {}),
-            "precision": f"{config.precision}, ZeRO stage {config.zero.stage}",
+            "precision": f"{config.precision}, ZeRO stage {config.zero.stage}" + (_SLOW_BF16 if is_slow else ""),
             "data": data,
             "start": "new" if checkpoint is None else f"continues {checkpoint.path.name}",
             **({} if config.wandb.mode == "disabled" else {"wandb": mode_line(config.wandb, folder, os.environ)}),
@@ -267,16 +270,22 @@ def _farewell(run: Run, report: Report, code: int) -> None:
     tokens = run.config.train.tokens
     longer = f"train.steps={2 * total_steps(run.config)}" if tokens is None else f"train.tokens={2 * tokens}"
     rows["next"] = [
-        f'{_tools()}transmamba generate {run.folder} -p "{run.config.sample.prompt or "The"}"',
+        f'{_tools()}transmamba generate {shlex.quote(str(run.folder))} -p "{run.config.sample.prompt or "The"}"',
         f"{again} {longer}",
-        f"{_tools()}python -m transmamba.train model=tiny_transformer",
+        f"{again} {_another(run.config, run.folder)}",
     ]
     report.facts(rows)
 
 
+def _another(config: Config, folder: Path) -> str:
+    """What trains another model on the same data, for as long, with windows of the same length."""
+    model = "tiny" if config.model.kind == "transformer" else "tiny_transformer"
+    return f"model={model} {shlex.quote(f'run.dir={folder}-{model}')}"
+
+
 def _again(folder: Path) -> str:
     """The command that continues a run."""
-    return f"{_tools()}python -m transmamba.train --config {folder / 'config.yaml'}"
+    return f"{_tools()}python -m transmamba.train --config {shlex.quote(str(folder / 'config.yaml'))}"
 
 
 def _tools() -> str:

@@ -17,6 +17,8 @@ from transmamba.compose import load
 from transmamba.corpus import open_corpus
 from transmamba.data_pipeline.tokenizer import load_tokenizer
 from transmamba.errors import EXIT_INTERNAL, ConfigError, Problem, RunError
+from transmamba.generate import load_run
+from transmamba.scoring import with_overrides
 
 # Tasks that need no download, by name: what the harness is told.
 LOCAL_TASKS = {
@@ -39,33 +41,57 @@ _QUERY, _ANSWER = 200, 60
 _SEED = 17
 
 
-def run_tasks(run_dir: Path, *, tasks: Sequence[str], include: Path | None, out: Path, limit: int) -> dict[str, Any]:
+def check_tasks(tasks: Sequence[str], include: Path | None) -> None:
+    """Say what is missing before anything is computed.
+
+    Raises:
+        ConfigError: the harness is not installed, or there is no folder `include`.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        fix = "install it with `pip install -e '.[eval]'`"
+        raise ConfigError([Problem("--tasks", "the harness lm_eval is not installed", ",".join(tasks), fix)])
+    if include is not None and not include.is_dir():
+        raise ConfigError([Problem("--include", "no such folder", include, "give the folder with the task files")])
+
+
+def run_tasks(
+    run_dir: Path,
+    *,
+    tasks: Sequence[str],
+    include: Path | None,
+    out: Path,
+    limit: int,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Results of the harness by task; they are also written to `out`/tasks.json.
 
     `heldout_bits` and `heldout_choice` (which of four continuations is the text's own) are made of the run's
     validation text; other names are the harness's, or those of task files in `include`.
 
     Args:
+        run_dir: a run folder, or a model folder of transformers.
         limit: documents per task.
+        overrides: as for `scoring.evaluate`.
 
     Raises:
-        ConfigError: the harness is not installed, or there is no run.
+        ConfigError: as `check_tasks`, or there is no run.
         RunError: it failed (exit 1); its last line is told.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        fix = "install it with `pip install -e '.[eval]'`"
-        raise ConfigError([Problem("--tasks", "the harness lm_eval is not installed", list(tasks), fix)])
+    check_tasks(tasks, include)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        export(run_dir, folder / "model", check_tokens=0)
+        model = run_dir
+        if not (run_dir / "config.json").is_file():
+            model = folder / "model"
+            export(run_dir, model, check_tokens=0)
         local = folder / "tasks"
         local.mkdir()
-        write_local_tasks(run_dir, local, limit)
+        write_local_tasks(run_dir, local, limit, overrides)
         if include is not None:
             for path in include.iterdir():
                 (local / path.name).symlink_to(path.resolve())
-        results = _harness(folder, local, tasks, limit)
+        results = _harness(folder, model, local, tasks, limit)
     (out / "tasks.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
@@ -80,9 +106,9 @@ def result_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _harness(folder: Path, local: Path, tasks: Sequence[str], limit: int) -> dict[str, Any]:
+def _harness(folder: Path, model: Path, local: Path, tasks: Sequence[str], limit: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--batch_size", "8", "--limit", str(limit)]
-    command += ["--model_args", f"pretrained={folder / 'model'},trust_remote_code=True,dtype=float32"]
+    command += ["--model_args", f"pretrained={model},trust_remote_code=True,dtype=float32"]
     command += ["--tasks", ",".join(tasks), "--include_path", str(local), "--output_path", str(folder / "out")]
     environment = dict(os.environ)
     if set(tasks) <= LOCAL_TASKS.keys():
@@ -94,14 +120,14 @@ def _harness(folder: Path, local: Path, tasks: Sequence[str], limit: int) -> dic
     return json.loads(file.read_text(encoding="utf-8"))["results"]
 
 
-def write_local_tasks(run_dir: Path, folder: Path, limit: int) -> None:
+def write_local_tasks(run_dir: Path, folder: Path, limit: int, overrides: Sequence[str] = ()) -> None:
     """Write the local tasks and their documents, the same for the same run.
 
     Raises:
         ConfigError: the validation text is too short for a question.
     """
     texts = []
-    for text in _held_out_texts(run_dir):
+    for text in _held_out_texts(run_dir, overrides):
         texts.append(text)
         if len(texts) == 4 * limit:
             break
@@ -131,10 +157,11 @@ def _question(number: int, texts: list[str], draw: random.Random) -> dict[str, A
     return {"query": texts[number][:_QUERY], "choices": choices, "gold": gold}
 
 
-def _held_out_texts(run_dir: Path) -> Iterator[str]:
+def _held_out_texts(run_dir: Path, overrides: Sequence[str]) -> Iterator[str]:
     """Documents of the first validation set, decoded, in order."""
-    config = load(["--config", str(run_dir / "config.yaml")])
-    corpus = open_corpus(config)
+    file = run_dir / "config.yaml"
+    config = load(["--config", str(file)]) if file.is_file() else load_run(run_dir)[2]
+    corpus = open_corpus(with_overrides(config, overrides))
     store = next(iter(corpus.held.values())).store("validation")
     tokenizer = load_tokenizer(corpus.first.tokenizer_path)
     firsts = [*store.starts(0, store.n_tokens).tolist(), store.n_tokens]

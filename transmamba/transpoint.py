@@ -71,6 +71,28 @@ def effective_points(config: Config, step: int = 0) -> list[int | float]:
     return [fixed.get(kind, point) for kind, point in zip(kinds, scheduled, strict=True)]
 
 
+def cut_schedules(config: Config) -> list[str]:
+    """A sentence for every named schedule of the run with values that no layer gets, because there are too few."""
+    n_layers, seq_len, found = config.model.n_layers, config.data.seq_len, []
+    if config.model.kind != "transmamba":
+        return []
+    for part in (config.transpoint, *config.transpoint.changes):
+        if part.points is not None or part.schedule == "explicit":
+            continue
+        period = _period(part.schedule, config.transpoint, n_layers, seq_len)
+        used = set(period[:n_layers])
+        lost = [str(point) for point in dict.fromkeys(period) if point not in used]
+        if lost:
+            alone = ": they all scan from token 0, as in mamba_only" if used == {0} else ""
+            key = {"layer_hybrid": "attention_every", "uniform": "period", "log": "period"}.get(part.schedule)
+            other = f"transpoint.{key}={n_layers}" if key and n_layers > 1 else "transpoint.points=[...]"
+            found.append(
+                f"transpoint={part.schedule} has {len(period)} TransPoints, and {n_layers} layers never get "
+                f"{', '.join(lost)}{alone}; use model.n_layers={len(period)} or more, or {other}"
+            )
+    return found
+
+
 def _period(schedule: ScheduleName, config: TranspointConfig, n_layers: int, seq_len: int) -> list[int | float]:
     if schedule == "explicit":
         raise ValueError("transpoint.schedule=explicit needs transpoint.points")

@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from transmamba.config import Config, head_width, padded_vocab, tokens_per_step, total_steps
-from transmamba.errors import ConfigError, Problem
+from transmamba.errors import CompleteRunError, ConfigError, Problem
 from transmamba.transpoint import layer_kinds
 from transmamba.validate_data import data_problems
-from transmamba.validate_run import run_problems
+from transmamba.validate_run import complete_at, run_problems
 from transmamba.wandb_key import has_key
 
 TORCH_FLOOR = (2, 11)
@@ -28,6 +28,7 @@ def validate(config: Config, environ: Mapping[str, str]) -> None:
 
     Raises:
         ConfigError: all problems, the most basic ones first.
+        CompleteRunError: the only one is that the run has all its steps.
     """
     problems = [*_path_problems(config), *_world_problems(environ), *_version_problems()]
     world = 1 if problems else int(environ.get("WORLD_SIZE", "1"))
@@ -42,6 +43,8 @@ def validate(config: Config, environ: Mapping[str, str]) -> None:
         problems += data_problems(config)
     if not any(problem.key.startswith(("data.", "model.", "run.")) for problem in problems):
         problems += run_problems(config)
+    if [problem.key for problem in problems] == ["train.steps"] and (step := complete_at(config)) is not None:
+        raise CompleteRunError(problems, config.run.dir, step)
     if problems:
         raise ConfigError(problems)
 

@@ -139,9 +139,17 @@ def _resume_problems(config: Config, folder: Path) -> Iterator[Problem]:
     elif not steps and mode == "must":
         fix = "use resume=auto to start anew, or correct run.dir"
         yield Problem("resume.mode", f"must continue, but {folder} holds no checkpoint", mode, fix)
-    elif steps and max(steps) >= (last := _last_step(config, folder, max(steps))) + (0 if _is_done(folder) else 1):
-        fix = f"raise it above {max(steps)} to train longer, or use a new run.dir"
-        yield Problem("train.steps", f"the run is complete at step {max(steps)}", last, fix)
+    elif (step := complete_at(config)) is not None:
+        fix = f"raise it above {step} to train longer, or use a new run.dir"
+        yield Problem("train.steps", f"the run is complete at step {step}", _last_step(config, folder, step), fix)
+
+
+def complete_at(config: Config) -> int | None:
+    """The newest step of a run folder that has all its steps; None if there is more to do, or no such folder."""
+    if config.run.dir is None or not (steps := _checkpoint_steps(folder := Path(config.run.dir))):
+        return None
+    newest = max(steps)
+    return newest if newest >= _last_step(config, folder, newest) + (0 if _is_done(folder) else 1) else None
 
 
 def _last_step(config: Config, folder: Path, step: int) -> int:

@@ -63,6 +63,7 @@ ROWS: dict[str, Row] = {
     ),
     'python -m transmamba.train data.path=data/python-doc run.dir=runs/python-doc sample.prompt="The function returns"':
         Row(makes="runs/python-doc/loss.png"),
+    "python -m transmamba.train --help": instead("transmamba --help", "a test of its own reads it"),
     "python -m transmamba.train transpoint=uniform": RUN,
     "python -m transmamba.train 'transpoint.points=[0,32,inf]'": RUN,
     "python -m transmamba.train 'transpoint.changes=[{step: 100, points: [0]}]'": RUN,
@@ -83,6 +84,9 @@ ROWS: dict[str, Row] = {
     "transmamba evaluate runs/NAME --tasks heldout_choice": instead(
         "transmamba evaluate runs/NAME --max-tokens 500", "lm_eval is an extra; `tests/model/test_tasks.py` runs it",
         makes="runs/NAME/evaluate.json",
+    ),
+    "transmamba evaluate hf/NAME -- data.path=data/mine": instead(
+        "transmamba evaluate runs/NAME --max-tokens 500 -- data.path=data/mine", "the folder is another command's",
     ),
     "transmamba checkpoint to-hf runs/NAME --out hf/NAME": Row(makes="hf/NAME/config.json"),
     "transmamba doctor": Row(codes=(0, 1)),

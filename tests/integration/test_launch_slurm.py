@@ -181,6 +181,21 @@ def test_an_array_runs_one_trial_per_task(cluster: Cluster, corpus: Path, tmp_pa
     assert len(list((tmp_path / "sweep" / "logs").glob(f"slurm-{job}_?.out"))) == 3
 
 
+def test_tasks_of_one_run_that_come_after_its_last_step_have_not_failed(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    job = launch("--array", "0-2%1", "--", *overrides(corpus, folder, "train.steps=4", "checkpoint.every=4"))
+    deadline = time.monotonic() + 300
+    while cluster.answer("squeue", "-h", "-j", job):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    said = [(folder / "logs" / f"slurm-{job}_{task}.out").read_text() for task in range(3)]
+    assert [text.count("ended with code 0;") for text in said] == [1, 1, 1]
+    assert ["is complete at step 4" in text for text in said] == [False, True, True]
+    assert len(read_metrics(folder)) == 4 and exit_code(folder) == 0
+
+
 def test_a_sweep_is_queued_as_an_array_and_shown_when_it_is_done(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:

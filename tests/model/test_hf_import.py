@@ -32,6 +32,7 @@ from transmamba.data_pipeline.prepare import prepare
 from transmamba.generate import complete
 from transmamba.metrics import read_metrics
 from transmamba.transpoint import effective_points
+from transmamba.validate import validate
 
 SIZES: dict[str, Any] = {
     "vocab_size": N_TOKENS,
@@ -253,6 +254,16 @@ def test_bad_input_is_one_line_and_creates_nothing(fault: str, tmp_path: Path, c
     lines = [line for line in done.output.splitlines() if line.strip()]
     assert len(lines) == 1 and "Fix: " in lines[0], done.output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_has_not_begun_takes_another_length(tmp_path: Path, corpus: Path) -> None:
+    bring(save_source(tmp_path / "source", "llama", corpus), tmp_path / "run", corpus, check_tokens=0)
+    stored, found = ["--config", str(tmp_path / "run" / "config.yaml")], {}
+    for steps in (1, 2, 90):
+        config = load([*stored, f"train.steps={steps}"])
+        validate(config, {})
+        found[steps] = config.optim.warmup, config.checkpoint.every
+    assert found == {1: (0, 1), 2: (0, 2), 90: (9, 90)}
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path: Path, corpus: Path) -> None:

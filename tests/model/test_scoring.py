@@ -1,17 +1,23 @@
 """`transmamba evaluate`: scores against logits taken one document at a time, and tasks made of the held-out text."""
 
+import importlib.util
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
-from tests.model.hf_runs import SEQ_LEN, make_run, topics
+from tests.model.hf_runs import N_TOKENS, SEQ_LEN, make_run, topics
 from tests.unit.data.corpora import write_corpus
+from transmamba.checkpoints_tools.hf_export import export
+from transmamba.cli import app
 from transmamba.compose import load
-from transmamba.data_pipeline.tokenizer import encode_documents, load_tokenizer, token_bytes
+from transmamba.data_pipeline.tokenizer import encode_documents, load_tokenizer, token_bytes, train_tokenizer
 from transmamba.errors import ConfigError
 from transmamba.kernels.documents import Documents
 from transmamba.model.model import Model
@@ -91,6 +97,74 @@ def test_a_part_of_the_set_and_longer_windows_can_be_asked_for(
     assert part.n_tokens == SEQ_LEN
     assert long.n_tokens == len(documents[0]) - 1
     assert max(end for _, end in long.positions) > SEQ_LEN
+
+
+def test_other_data_can_be_given_for_a_run_and_for_a_model_folder(
+    scored: tuple[Path, Model, list[list[int]]], tmp_path: Path
+) -> None:
+    run, _, _ = scored
+    export(run, tmp_path / "hf", check_tokens=0)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    documents = encode_documents(tokenizer, [text[:700] for text in topics(12)[3:]], eod_id=0)
+    write_corpus(tmp_path / "b", documents, shard_tokens=600, block_tokens=200, dtype="<u2", tokenizer=tokenizer)
+    given = [f"data.path={tmp_path / 'b'}", f"data.seq_len={SEQ_LEN}"]
+    arguments = [str(tmp_path / "hf"), "--out", str(tmp_path / "out"), "--", *given]
+    result = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert result.exit_code == 0, result.output
+    (own,) = evaluate(run, out=tmp_path, max_tokens=0, seq_len=None, progress=False)
+    (other,) = evaluate(run, overrides=given, out=tmp_path, max_tokens=0, seq_len=None, progress=False)
+    (found,) = json.loads((tmp_path / "out" / "evaluate.json").read_text())["sets"]
+    assert found["loss"] == pytest.approx(other.loss, rel=1e-6)
+    assert found["n_tokens"] == other.n_tokens != own.n_tokens
+
+
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(
+    scored: tuple[Path, Model, list[list[int]]], tmp_path: Path
+) -> None:
+    run, _, _ = scored
+    strange = train_tokenizer(topics(40)[20:], vocab_size=N_TOKENS)
+    documents = encode_documents(strange, [text[:700] for text in topics(9)], eod_id=0)
+    write_corpus(tmp_path / "data", documents, shard_tokens=600, block_tokens=200, dtype="<u2", tokenizer=strange)
+    for override, words in (
+        (f"data.path={tmp_path / 'data'}", "made with another tokenizer than the model's .* after `--`"),
+        ("model.d_model=64", "scoring does not change it .* override keys of data and validation only"),
+        ("dota.path=x", "unknown key"),
+        (f"data.path={tmp_path / 'none'}", "no such"),
+    ):
+        command = ["evaluate", str(run), "--out", str(tmp_path / "out"), "--", override]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2, result.output
+        assert re.search(words, result.output), result.output
+        assert result.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_one_without_any(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "transformer")
+    (file,) = (tmp_path / "run" / "checkpoints").glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    for command in (["evaluate", str(tmp_path / "run")], ["generate", str(tmp_path / "run"), "-p", "x"]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 21, result.output
+        assert f"`transmamba checkpoint verify {tmp_path / 'run'}`" in result.output
+        assert "bytes, the manifest says" in result.output
+        assert result.output.count("\n") == 1
+    shutil.rmtree(file.parent)
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "-p", "x"])
+    assert result.exit_code == 2
+    assert "it has no checkpoint" in result.output
+
+
+def test_a_missing_harness_is_said_before_anything_is_scored(
+    scored: tuple[Path, Model, list[list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "lm_eval" else found(name))
+    command = ["evaluate", str(scored[0]), "--tasks", "heldout_bits", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "the harness lm_eval is not installed" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

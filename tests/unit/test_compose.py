@@ -66,6 +66,18 @@ def test_a_stored_configuration_reads_back_equal(tmp_path: Path) -> None:
     assert load(write(tmp_path, to_yaml(config))) == config
 
 
+def test_defaults_that_nobody_gave_still_fit_themselves_where_they_are_left_open(tmp_path: Path) -> None:
+    first = load(["train.steps=90", "checkpoint.every=30"])
+    assert (first.optim.warmup, first.train.micro_batch, first.checkpoint.every) == (9, 8, 30)
+    argv = write(tmp_path, to_yaml(first, leave_open=True))
+    assert load(argv) == first
+    again = load([*argv, "train.steps=1000", "optim.lr=1e-3"], world_size=4)
+    assert (again.optim.warmup, again.optim.min_lr, again.train.micro_batch) == (20, 1e-4, 2)
+    assert again.checkpoint.every == 30
+    begun = load([*write(tmp_path, to_yaml(first)), "train.steps=1000"])
+    assert (begun.optim.warmup, begun.train.micro_batch) == (9, 8)
+
+
 def test_keys_can_be_added_removed_and_given_as_sections() -> None:
     config = load(["+optim.eps=1e-9", "++optim.z_loss=0.1", "~optim.clip", "model={n_layers:2,d_ff:64}"])
     assert (config.optim.eps, config.optim.z_loss, config.optim.clip) == (1e-9, 0.1, 1.0)
@@ -91,6 +103,9 @@ def test_human_sizes_are_read_where_they_make_sense() -> None:
         ("max_grad_norm=1", "optim.clip"),
         ("model=tinny", "tiny"),
         ("transpoint=uniferm", "uniform"),
+        ("modle=tiny", "did you mean model"),
+        ("transpiont=v1", "did you mean transpoint"),
+        ("transpoint=v10", "choose v1, attention_only, cycle,"),
     ],
 )
 def test_a_wrong_name_suggests_the_right_one(argv: str, name: str) -> None:
@@ -191,6 +206,14 @@ def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00seed: 1")
     assert list(refused("--config", str(tmp_path / "c.yaml"))) == [str(tmp_path / "c.yaml")]
     assert "--config" in refused("--config", str(tmp_path))
+
+
+def test_only_a_file_of_a_like_name_is_offered(tmp_path: Path) -> None:
+    for name in (".pre-commit-config.yaml", "expert.yaml", "mkdocs.yml"):
+        (tmp_path / name).touch()
+    fixes = {name: refused("--config", str(tmp_path / name))["--config"].fix for name in ("nope.yaml", "exprt.yaml")}
+    assert fixes == {"nope.yaml": "give the path of a YAML file", "exprt.yaml": "did you mean expert.yaml"}
+    assert refused("--config", str(tmp_path / "mkdocs.yaml"))["--config"].fix == "did you mean mkdocs.yml"
 
 
 def test_lines_stay_short_and_printable() -> None:

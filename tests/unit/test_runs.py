@@ -220,7 +220,59 @@ def test_compare_tells_numbers_and_differing_settings(tmp_path: Path) -> None:
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["seed", "1", "7"] in rows and ["step", "10", "20"] in rows and ["loss", "8.0000", "7.0000"] in rows
     assert not any(row[:1] == ["run.dir"] for row in rows)
-    assert "second: at most 0.0e+00 nats from first" in done.stdout and (tmp_path / "c.png").stat().st_size > 1000
+    assert "second: equal to first in all 10 steps that both have" in done.stdout
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_compare_tells_runs_of_one_name_apart_and_draws_no_difference_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    folders = [make_run(tmp_path / name / "run") for name in ("a", "b", "c")] + [make_run(tmp_path / "d")]
+    lines = (folders[1] / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    (folders[1] / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last | {"loss": 8.25})]) + "\n")
+    done = call("compare", *folders)
+    assert done.stdout.split()[:4] == ["a/run", "b/run", "c/run", "d"]
+    assert "b/run: at most 2.5e-01 nats from a/run, 2.5e-01 at step 10" in done.stdout
+    assert "c/run: equal to a/run in all 10 steps that both have" in done.stdout
+    above, below = drawn[0].axes
+    assert [text.get_text() for text in above.get_legend().texts] == ["a/run", "b/run", "c/run (equal)", "d (equal)"]
+    (line,) = below.lines
+    assert [str(value) for value in line.get_ydata()] == ["nan"] * 9 + ["0.25"]
+
+
+def test_the_running_mean_stays_beside_a_loss_that_falls_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    from transmamba.plot import plot_loss
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    losses = [3 + 6 / step**0.5 for step in range(1, 301)]
+    rows = [{"step": step, "tokens": 1000 * step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    (tmp_path / "sweep" / "0").mkdir(parents=True)
+    (tmp_path / "sweep" / "0" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_loss(tmp_path / "sweep" / "0")
+    (axes,) = drawn[0].axes
+    assert max(abs(axes.lines[1].get_ydata() - losses)) < 0.1
+    assert axes.get_title() == "sweep/0"
+    drawn[0].draw_without_rendering()
+    assert "150k" in [label.get_text() for label in axes.get_xticklabels()]
+
+
+def test_a_folder_that_only_holds_a_checkpoint_is_not_one_without_a_step(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 0)
+    assert run_state(folder).why == "has no step yet"
+    for step in (20, 40):
+        (folder / "checkpoints" / f"step-{step:08d}").mkdir()
+    (folder / "checkpoints" / "step-00000020" / "manifest.json").write_text('{"tokens_seen": 1280}')
+    state = run_state(folder)
+    assert (state.state, state.why) == ("new", "holds a checkpoint of step 20")
+    assert (state.step, state.steps, state.tokens) == (20, 40, 1280)
 
 
 def test_plots_go_over_steps_tokens_and_the_hours_of_all_attempts(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""`python -m transmamba.train` with a wrong input: exit code 2, one line, quickly, and nothing created."""
+"""`python -m transmamba.train` with a wrong input or a request for help: answers quickly and creates nothing."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from transmamba.compose import load
 from transmamba.errors import EXIT_CONFIG
+from transmamba.overrides import groups
+from transmamba.train import usage
 
 LIMIT_S = 1.5
 # Any of these in sys.modules means that the answer waited for an import that it does not need.
@@ -59,6 +63,27 @@ def test_a_wrong_input_is_refused_before_torch_is_imported(tmp_path: Path) -> No
     done = run(["optim.lr=2"], tmp_path, ["-c", PROBE])
     assert done.returncode == EXIT_CONFIG
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["model=tiny", "--help"], ["-m", "--help"]], ids=str)
+def test_help_names_what_can_be_written_and_needs_no_torch(argv: list[str], tmp_path: Path) -> None:
+    done = run(argv, tmp_path, ["-c", PROBE])
+    assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
+    assert done.stdout.splitlines()[-1] == "set()"
+    names = [name for names in groups().values() for name in names]
+    assert [name for name in (*names, "--config", "-m", "key=value") if f" {name}" not in done.stdout] == []
+    (keys,) = re.findall(r"its default: (\S+)", done.stdout)
+    assert "class ModelConfig" in Path(keys).read_text()
+
+
+def test_the_examples_of_the_help_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "config.yaml").write_text("seed: 1\n")
+    examples = [line.split() for line in usage().partition("examples:\n")[2].splitlines()]
+    assert len(examples) == 3
+    for words in examples:
+        assert load(words[words.index("transmamba.train") + 1 :])
 
 
 def test_the_answer_takes_less_than_one_and_a_half_seconds_of_work(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from transmamba.compose import load
 from transmamba.config import Config, ModelConfig, TranspointChange, TranspointConfig
+from transmamba.plan import make_plan
 from transmamba.transpoint import effective_points, layer_kinds, points
 
 INF = math.inf
@@ -34,6 +35,39 @@ def test_paper_schedules_are_the_paper_s_lists_with_infinity_for_the_whole_seque
     assert scheduled(name, len(paper)) == paper
     halved = [INF if point == 8192 else point / 2 for point in PAPER[name]]
     assert scheduled(name, len(paper), 4096) == halved
+
+
+@pytest.mark.parametrize(
+    ("argv", "lost"),
+    [
+        ("model.n_layers=4", "cycle has 8 TransPoints, and 4 layers never get 32, 64, 128, inf; use model.n_layers=8"),
+        ("model.n_layers=7 transpoint=layer_hybrid", "inf: they all scan from token 0, as in mamba_only; use"),
+        ("model.n_layers=7 transpoint=layer_hybrid", "or transpoint.attention_every=7"),
+        ("model.n_layers=2 transpoint=v6", "never get 64;"),
+        ("model.n_layers=3 transpoint=uniform transpoint.period=4", "never get inf; use model.n_layers=4 or more, or "
+         "transpoint.period=3"),
+        ("model.n_layers=4 transpoint=v1 transpoint.changes=[{step:9,schedule:v9}]", "v9 has 8"),
+    ],
+)  # fmt: skip
+def test_values_of_a_schedule_that_no_layer_gets_are_told(argv: str, lost: str) -> None:
+    (warning,) = make_plan(load(argv.split())).warnings
+    assert lost in warning
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *("model.n_layers=8", "model.n_layers=9 transpoint=layer_hybrid", "model.n_layers=2 transpoint=mamba_only"),
+        *(
+            "model.n_layers=4 transpoint.points=[0,1]",
+            "model.n_layers=3 transpoint=random",
+            "model.n_layers=1 transpoint=v1",
+        ),
+        *("model=tiny_hybrid", "model=tiny_transformer model.n_layers=4"),
+    ],
+)
+def test_schedules_that_layers_have_whole_need_no_warning(argv: str) -> None:
+    assert make_plan(load(argv.split())).warnings == ()
 
 
 def test_mean_transpoints_and_attended_pairs_are_those_of_the_paper() -> None:

@@ -98,7 +98,7 @@ def _write_text(folder: Path, sources: list[str] | None) -> int:
 
 
 def _ours(folder: Path) -> int:
-    options = {"tokenizer": folder / "in" / "tokenizer.json", "workers": 1, "progress": False}
+    options = {"tokenizer": folder / "in" / "tokenizer.json", "workers": 1, "progress": False, "replace": True}
     manifest = prepare([str(folder / "in" / "text.jsonl")], folder / "ours", **options)
     return sum(split.n_tokens for split in manifest.splits.values())
 

@@ -61,6 +61,8 @@ class Forecast:
     peak_memory_bytes: dict[str, int]
     """Of the fullest rank, by what is recomputed."""
     fits: bool | None
+    largest_micro_batch: int | None
+    """That fits as everything else is; None if none does, or on a CPU."""
     communication: tuple[GroupTraffic, ...]
     time: StepTime | None
     stage_imbalance: float | None
@@ -161,6 +163,7 @@ def _on_gpus(question: Question, name: str, values: dict[str, Any]) -> Forecast:
         stages=by_recompute[now],
         peak_memory_bytes=peaks,
         fits=peaks[now] <= hardware.memory_bytes,
+        largest_micro_batch=_largest_micro_batch(question, hardware.memory_bytes),
         communication=tuple(group_traffic(config, parallel, question.n_vocab_rows, hardware)),
         time=time,
         stage_imbalance=max(time.stage_s) * len(time.stage_s) / math.fsum(time.stage_s) - 1,
@@ -171,6 +174,22 @@ def _on_gpus(question: Question, name: str, values: dict[str, Any]) -> Forecast:
         mfu_full_attention=speed * question.flops_full_attention / hardware.peak_flops,
         anchor=_anchor(shape, layout, hardware, k),
     )
+
+
+def _largest_micro_batch(question: Question, memory_bytes: float) -> int | None:
+    """Of those that the layout and the global batch allow."""
+    config, parallel = question.config, question.parallel
+    per_rank, pp = config.train.global_batch // parallel.dp, config.parallel.pp
+    small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+    for size in sorted({*small, *(per_rank // size for size in small)}, reverse=True):
+        n_micro = per_rank // size
+        if n_micro < pp or (config.parallel.vpp > 1 and n_micro % pp):
+            continue
+        sized = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})})
+        stages = stage_memory(sized, parallel, question.n_vocab_rows, config.train.recompute)
+        if max(stage.total_bytes for stage in stages) <= memory_bytes:
+            return size
+    return None
 
 
 def _on_cpu(question: Question, name: str, values: dict[str, Any]) -> Forecast:
@@ -191,6 +210,7 @@ def _on_cpu(question: Question, name: str, values: dict[str, Any]) -> Forecast:
         stages=(),
         peak_memory_bytes={},
         fits=None,
+        largest_micro_batch=None,
         communication=(),
         time=None,
         stage_imbalance=None,

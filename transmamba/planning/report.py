@@ -51,6 +51,9 @@ def _lines(found: Forecast, devices: str) -> list[tuple[str, str]]:
             for name, size in found.peak_memory_bytes.items()
         )
         lines.append(("memory", f"{verdict} with train.recompute={found.recompute}; {peaks}"))
+    if_fitted = ", if it fitted" if found.fits is False else ""
+    if if_fitted:
+        lines.append(("to fit", _what_fits(found)))
     if found.communication:
         sent = ", ".join(
             f"{group.group} {short_bytes(group.sent_bytes)} {_seconds(group.seconds)}"
@@ -59,19 +62,19 @@ def _lines(found: Forecast, devices: str) -> list[tuple[str, str]]:
         )
         lines.append(("sent a step", sent or "nothing"))
     low, high = found.step_s * (1 - found.error_bar), found.step_s * (1 + found.error_bar)
-    lines.append(("step time", f"{_seconds(found.step_s)}  ({_seconds(max(0.0, low))} to {_seconds(high)})"))
+    lines.append(("step time", f"{_seconds(found.step_s)}  ({_seconds(max(0.0, low))} to {_seconds(high)}){if_fitted}"))
     lines.append(("how sure", found.error_words))
     if found.time is not None:
         parts = [f"{name} {s / found.step_s:.0%}" for name, s in time_parts(found.time) if s >= 0.005 * found.step_s]
         lines.append(("spent on", ", ".join(parts)))
         if found.stage_imbalance:
             lines.append(("stages", f"the dearest takes {found.stage_imbalance:.1%} more than the mean"))
-    lines.append(("speed", f"{found.tokens_per_s_per_gpu:,.0f} tokens/s per device"))
+    lines.append(("speed", f"{found.tokens_per_s_per_gpu:,.0f} tokens/s per device{if_fitted}"))
     if found.mfu_causal_half is not None:
         half, full = found.mfu_causal_half, found.mfu_full_attention
         lines.append(("MFU", f"{half:.1%} by the causal half of attention, {full:.1%} by its whole square"))
     lines.append(("cost", f"{_count(found.tokens)} tokens in {_days(found.days)} on {devices}, "
-                          f"{found.gpu_hours:,.4g} device-hours"))  # fmt: skip
+                          f"{found.gpu_hours:,.4g} device-hours{if_fitted}"))  # fmt: skip
     if found.anchor is not None:
         near = found.anchor
         error = near.predicted_step_s / near.measured_step_s - 1
@@ -79,6 +82,14 @@ def _lines(found: Forecast, devices: str) -> list[tuple[str, str]]:
         lines.append(("nearest run", f"{near.row} ({near.source}): {near.measured:,.6g} {unit} measured; "
                                      f"the model is off by {error:+.1%} there"))  # fmt: skip
     return lines
+
+
+def _what_fits(found: Forecast) -> str:
+    ways = [] if found.largest_micro_batch is None else [f"train.micro_batch={found.largest_micro_batch} or less"]
+    assert found.device_memory_bytes is not None
+    fitting = [way for way, size in found.peak_memory_bytes.items() if size <= found.device_memory_bytes]
+    ways += [f"train.recompute={way}" for way in fitting[:1]]
+    return f"{', or '.join(ways) or 'cut the model over more ranks'}; --search {found.gpus} ranks all layouts"
 
 
 def print_search(found: "Search", console: "Console") -> None:
@@ -116,6 +127,7 @@ def published_record(predictions: Sequence[Prediction]) -> dict[str, object]:
 
 def print_published(predictions: Sequence[Prediction]) -> None:
     """One line per row: seconds per step measured and predicted; then the medians of each half."""
+    print(f"{'source':<17} {'run':<33} {'measured':>8}{'model':>8}{'error':>8} half")
     for one in predictions:
         source, name = one.row.source[:17], one.row.name[:33]
         mark = "*" if one.row.guessed else " "

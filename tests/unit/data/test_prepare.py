@@ -183,13 +183,19 @@ def test_replacing_that_was_interrupted_loses_no_data(texts: Path, tmp_path: Pat
         out.rename(folder / "replaced")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match="not UTF-8"):
-        prepare([str(tmp_path / "bad.txt")], out, vocab_size=300, progress=False)
+        prepare([str(tmp_path / "bad.txt")], out, vocab_size=300, progress=False, replace=True)
     assert files_of(out) == before
+    with hold_work_folder(out) as folder:
+        out.rename(folder / "replaced")
+    with pytest.raises(DataError, match="made with --vocab-size 300 instead of 400"):
+        prepare([str(texts)], out, vocab_size=400, progress=False)
+    assert files_of(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "out"]
     # And as one after both leaves it.
     with hold_work_folder(out) as folder:
         (folder / "replaced").mkdir()
         (folder / "replaced" / "old").write_text("")
-    assert prepare([str(texts)], out, vocab_size=400, progress=False).vocab_size == 400
+    assert prepare([str(texts)], out, vocab_size=400, progress=False, replace=True).vocab_size == 400
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "out"]
 
 
@@ -232,11 +238,44 @@ def test_a_few_documents_still_give_a_validation_split(tmp_path: Path, n_documen
     assert sum(map(len, validation)) <= sum(map(len, train))
 
 
+def test_finished_data_are_left_alone_unless_they_are_to_be_replaced(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = prepare([str(texts)], out, vocab_size=300, progress=False)
+    before, stamp = files_of(out), (out / "manifest.json").stat().st_mtime_ns
+    assert prepare([str(texts), str(texts)], out, vocab_size=300, workers=1, progress=False) == made
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+    with pytest.raises(DataError, match="with --vocab-size 300 instead of 400, with --seed 17 instead of 18; choose"):
+        prepare([str(texts)], out, vocab_size=400, seed=18, progress=False)
+    with pytest.raises(DataError, match="made with another tokenizer; choose another --out, or give --replace"):
+        prepare([str(texts)], out, tokenizer=made.tokenizer_path, progress=False)
+    with pytest.raises(DataError, match="made from other files; choose"):
+        prepare([str(texts / "[ab]*.txt")], out, vocab_size=300, progress=False)
+    assert files_of(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_data_without_a_definition_are_not_replaced_and_incomplete_data_are_made_again(
+    texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    prepare([str(texts)], out, vocab_size=300, progress=False)
+    before = files_of(out)
+    (out / "validation-000000.tar").unlink()
+    prepare([str(texts)], out, vocab_size=300, progress=False)
+    assert files_of(out) == before
+    (out / "definition.json").unlink()
+    with pytest.raises(DataError, match="that do not say how they were made"):
+        prepare([str(texts)], out, vocab_size=300, progress=False)
+    assert files_of(out).keys() == before.keys() - {"definition.json"}
+    prepare([str(texts)], out, vocab_size=300, progress=False, replace=True)
+    assert files_of(out) == before
+
+
 def test_a_folder_with_other_files_is_refused_and_prepared_data_is_replaced(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     first = prepare([str(texts)], out, vocab_size=300, progress=False)
-    second = prepare([str(texts)], out, vocab_size=400, progress=False)
+    second = prepare([str(texts)], out, vocab_size=400, progress=False, replace=True)
     assert (first.vocab_size, second.vocab_size) == (300, 400)
     (out / "notes.txt").write_text("mine")
     before = files_of(out)

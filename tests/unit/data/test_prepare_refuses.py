@@ -90,6 +90,21 @@ def test_bad_input_is_refused_with_one_line_and_nothing_is_created(
     assert sorted(folder.parent.rglob("*")) == before
 
 
+def test_the_same_command_has_nothing_to_do_and_another_one_is_refused(folder: Path) -> None:
+    command = ["data", "prepare", str(folder / "good.txt"), "--out", str(folder / "made"), "--workers", "1"]
+    assert CliRunner().invoke(app, [*command, "--vocab-size", "300"]).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = CliRunner().invoke(app, [*command, "--vocab-size", "300"])
+    assert again.exit_code == 0
+    assert "is already there" in again.output
+    assert "tokens/s" not in again.output
+    other = CliRunner().invoke(app, [*command, "--vocab-size", "301"])
+    assert other.exit_code == 2
+    assert "made: holds data made with --vocab-size 300 instead of 301. Fix: choose another --out" in other.output
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert CliRunner().invoke(app, [*command, "--vocab-size", "301", "--replace"]).exit_code == 0
+
+
 def test_shards_are_little_larger_than_their_tokens(tmp_path: Path) -> None:
     """At most 2 % at the default block size, for ids of two bytes and documents of some 600 tokens."""
     draw = np.random.default_rng(1)

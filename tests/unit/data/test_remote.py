@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from botocore.exceptions import NoCredentialsError
 from moto.server import ThreadedMotoServer
 
 from tests.unit.data.corpora import numbered_documents, write_corpus
@@ -19,7 +20,7 @@ from transmamba.data_pipeline import crew, remote
 from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.folder import PreparedFolder, open_folder
 from transmamba.data_pipeline.manifest import Manifest
-from transmamba.data_pipeline.remote import Patience, shown_url
+from transmamba.data_pipeline.remote import Patience, RemoteFolder, shown_url
 from transmamba.data_pipeline.remote_shards import open_remote
 from transmamba.data_pipeline.shard_cache import Cache
 from transmamba.data_pipeline.tokens import TokenStore
@@ -135,6 +136,18 @@ def test_wrong_bytes_that_stay_wrong_name_shard_and_both_hashes(
         store.read(0, 5)
     assert f"the manifest says {corpus.splits['train'].shards[0].sha256}" in str(caught.value)
     assert FIRST not in files_in(cache)
+
+
+def test_missing_credentials_are_said_at_once() -> None:
+    calls = []
+
+    def ask() -> None:
+        calls.append(1)
+        raise NoCredentialsError
+
+    with pytest.raises(DataError, match=r"access is refused \(NoCredentialsError: Unable to locate credentials\)"):
+        RemoteFolder("s3://bucket/data", QUICK).attempt("manifest.json", ask)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

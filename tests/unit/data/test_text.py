@@ -23,6 +23,7 @@ from transmamba.data_pipeline import sources as module
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.parts import LEAST_PART_BYTES, Piece, Reading, cut_parts, part_size
 from transmamba.data_pipeline.sources import SourceFile, UnreadableSource, find_files
+from transmamba.data_pipeline.text import nearest_existing
 
 LINES = [{"text": f"zeile {i} ü" + "x" * (i % 37), "n": i} for i in range(300)]
 JSONL = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in LINES).encode()
@@ -185,6 +186,17 @@ def test_a_missing_path_suggests_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "corpora").mkdir()
     with pytest.raises(DataError, match=r"no such file or folder; the nearest existing name is .*corpora$"):
         find_files([str(tmp_path / "corpus" / "deep" / "x.txt")])
+
+
+def test_only_similar_names_are_suggested_and_only_folders_where_a_folder_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "README.md").write_text("words")
+    with pytest.raises(DataError, match=r"no such file or folder; check the path; .* holds no similar name$"):
+        find_files([str(tmp_path / "nonexistent")])
+    assert nearest_existing(tmp_path / "README.md" / "x").endswith("holds no similar name")
+    assert nearest_existing(tmp_path / "REDME.md").endswith("README.md")
+    (tmp_path / "README").mkdir()
+    assert nearest_existing(tmp_path / "README.md" / "x").endswith("README")
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,12 @@ def _shards(record: dict[str, Any]) -> list[dict[str, Any]]:
     return record["splits"]["train"]["shards"]
 
 
+def test_a_folder_of_prepared_folders_is_told_their_first(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "mine", numbered_documents([40] * 4), shard_tokens=192, block_tokens=64)
+    with pytest.raises(DataError, match=f"no such manifest; did you mean {tmp_path / 'mine'}, or make"):
+        load_manifest(tmp_path)
+
+
 FAULTS: dict[str, tuple[Callable[[Manifest], object], str]] = {
     "missing shard": (
         lambda m: _shard_path(m).unlink(),
@@ -173,7 +179,10 @@ FAULTS: dict[str, tuple[Callable[[Manifest], object], str]] = {
     ),
     "truncated shard": (_truncate, r"train-000001.tar: 1000 bytes instead of \d+.*copy it again"),
     "gzip under a tar's name": (_swap_for_gzip, r"train-000001.tar: not a tar file"),
-    "no manifest": (lambda m: (m.folder / MANIFEST_NAME).unlink(), r"no such manifest; the nearest existing"),
+    "no manifest": (
+        lambda m: (m.folder / MANIFEST_NAME).unlink(),
+        r"no such manifest; check the path; .* or make one with",
+    ),
     "not JSON": (lambda m: (m.folder / MANIFEST_NAME).write_text("{"), r"manifest.json: cannot be read"),
     "not ours": (lambda m: (m.folder / MANIFEST_NAME).write_text("{}"), r"not a manifest of tokens"),
     "newer format": (

@@ -112,6 +112,19 @@ def test_a_run_that_must_not_continue_is_not_started_with_restarts(tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_with_all_its_steps_is_not_started_and_has_not_failed(
+    ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ranks("save(90); say(0)") == 0
+    (tmp_path / "run" / "checkpoints" / "step-00000090" / "manifest.json").write_text("{}")
+    assert ranks("sys.exit(1)", max_restarts=1) == 0
+    assert starts(tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("run is complete at step 90; raise train.steps to train longer")
+    (tmp_path / "run" / "exit.json").write_text('{"code": 31}')  # of an attempt that died after its last save
+    assert ranks("", "sys.exit(20)") == 20
+
+
 WAITS = """
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), say(10), sys.exit(10)))
 signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.3), say(10), sys.exit(10)))

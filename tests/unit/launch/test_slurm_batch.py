@@ -183,7 +183,26 @@ def test_ranks_learn_who_they_are(desk: Desk) -> None:
     wanted |= {"TRITON_CACHE_DIR": "/tmp/transmamba-triton-77"}
     assert wanted.items() <= environ.items()
     arguments = (desk.folder / "arguments").read_text().splitlines()
-    assert arguments[-3:] == ["-m", "transmamba.train", "sample.prompt='a b'"]
+    assert arguments[-4:] == ["-m", "transmamba.train", "--unless-complete", "sample.prompt='a b'"]
+
+
+START_ITS_COMMAND = 'while [ "$1" != bash ]; do shift; done; "$@"'
+
+
+def test_a_task_that_comes_after_the_last_step_has_not_failed(desk: Desk) -> None:
+    run = desk.job.folder
+    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000020" / "manifest.json").write_text("{}")
+    (run / "exit.json").write_text('{"code": 0}')
+    before = sorted(run.rglob("*"))
+    desk.environ |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    desk.job = replace(desk.job, overrides=[f"run.dir='{run}'", "train.steps=20"])
+    assert desk.run(START_ITS_COMMAND) == (0, False)
+    assert "is complete at step 20; raise train.steps to train longer\n" in desk.said and "error" not in desk.said
+    assert sorted(run.rglob("*")) == before
+    desk.job = replace(desk.job, overrides=[f"run.dir='{run}'", "train.steps=20", "seed=-1"])
+    assert desk.run(START_ITS_COMMAND) == (2, False)
+    assert "transmamba: error: seed: " in desk.said
 
 
 def test_a_task_of_an_array_reads_its_trial_and_is_queued_again_alone(desk: Desk) -> None:

@@ -17,7 +17,7 @@ LAYOUT = ["model=1_5b", "data.seq_len=8192", "train.global_batch=256", "train.mi
 FORECAST_KEYS = {
     *("hardware", "gpus", "device_memory_bytes", "recompute", "stages", "peak_memory_bytes", "fits", "communication"),
     *("time", "stage_imbalance", "step_s", "error_bar", "error_words", "tokens_per_s_per_gpu", "mfu_causal_half"),
-    *("mfu_full_attention", "tokens", "days", "gpu_hours", "anchor"),
+    *("mfu_full_attention", "tokens", "days", "gpu_hours", "anchor", "largest_micro_batch"),
 }
 PLAN_KEYS = {
     *("layers", "seq_len", "vocab_rows", "parameters", "embedding_parameters", "forward_flops_per_token"),
@@ -66,6 +66,29 @@ def test_recomputing_makes_room(capsys: pytest.CaptureFixture[str]) -> None:
     assert again["step_s"] > found["step_s"]
     wider = planned(capsys, *LAYOUT[:3], "train.micro_batch=4", gpus=8, hardware="h200")["forecast"]
     assert wider["fits"] is True
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.pp=2"], ["parallel.pp=2", "parallel.vpp=2"]], ids=str)
+def test_the_largest_micro_batch_is_the_last_that_fits(layout: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    largest, fitting = set(), []
+    for size in (1, 2, 4, 8):
+        found = planned(capsys, *LAYOUT[:3], *layout, f"train.micro_batch={size}", gpus=8)["forecast"]
+        largest.add(found["largest_micro_batch"])
+        fitting += [size] * found["fits"]
+    assert largest == {max(fitting)} and max(fitting) < 8
+
+
+def test_what_does_not_fit_is_told_with_what_would_and_marked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = {}
+    for size in (1, 8):
+        assert run_plan([*LAYOUT[:3], f"train.micro_batch={size}"], as_json=False, gpus=8) == 0
+        words[size] = {line[:12].strip(): line for line in capsys.readouterr().out.splitlines()}
+    for name in ("step time", "speed", "cost"):
+        assert words[8][name].rstrip().endswith("if it fitted") and "fitted" not in words[1][name]
+    assert "train.micro_batch=2 or less, or train.recompute=full" in words[8]["to fit"] and "to fit" not in words[1]
 
 
 def test_the_number_of_gpus_sets_the_defaults_that_depend_on_it(capsys: pytest.CaptureFixture[str]) -> None:

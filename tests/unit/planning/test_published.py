@@ -110,7 +110,12 @@ def test_a_table_of_ones_own_needs_the_sizes_and_the_measurement_only(
     head = "source,row,hardware,gpus,n_layers,d_model,n_heads,d_ff,vocab,seq_len,global_batch,value,kind\n"
     table.write_text(head + "mine,7B,h100,8,32,4096,32,11008,32000,4096,64,9000,tokens_per_s_per_gpu\n")
     assert run_published(table, as_json=False) == 0
-    assert "median |error|" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "median |error|" in said
+    heads, values = said.splitlines()[:2]
+    assert heads.split() == ["source", "run", "measured", "model", "error", "half"]
+    # Right-aligned heads end where their numbers end.
+    assert values[: heads.index("error") + 5].endswith("%") and values[: heads.index("measured") + 8][-1].isdigit()
     (row,) = read_rows(table)
     assert row.step_s == pytest.approx(64 * 4096 / (9000 * 8))
     table.write_text(head + "mine,7B,h100,8,32,4096,32,11008,32000,4096,64,fast,tokens_per_s_per_gpu\n")
