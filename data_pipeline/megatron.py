@@ -118,6 +118,7 @@ def import_megatron(
     shard_tokens: int = SHARD_TOKENS,
     block_tokens: int = BLOCK_TOKENS,
     seed: int = 17,
+    replace: bool = False,
     progress: bool = True,
 ) -> tuple[Manifest, Imported]:
     """Turn `PREFIX.bin` and `PREFIX.idx` into a folder like those of `transmamba data prepare`.
@@ -132,13 +133,16 @@ def import_megatron(
         shard_tokens: most tokens in a shard.
         block_tokens: tokens in a block.
         seed: of the hash.
+        replace: take the place of prepared data that are there.
         progress: show progress on stderr.
 
     Raises:
         DataError: a file is missing, damaged or of another tokenizer, nothing is held out, or the target has
-            other files.
+            files.
     """
     check_target(out)
+    if not replace and out.exists() and any(out.iterdir()):
+        raise DataError(str(out), "holds prepared data", "choose another --out, or give --replace to lose them")
     if not 0 < validation_share < 1:
         raise DataError("validation_share", f"{validation_share} is no share", "use a number between 0 and 1")
     vocabulary = load_tokenizer(tokenizer)

@@ -132,13 +132,14 @@ def import_megatron(
     eod_token: Annotated[str, typer.Option(help="Token that ends a document")] = "<|endoftext|>",
     shard_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a shard")] = 64_000_000,
     seed: Annotated[int, typer.Option(help="Of the split")] = 17,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the place of data that are there")] = False,
 ) -> None:
     """Turn token data of Megatron-LM into a folder like those of `data prepare`."""
 
     def run() -> None:
         from transmamba.data_pipeline.megatron import import_megatron as make
 
-        options = {"validation_share": validation_share, "shard_tokens": shard_tokens, "seed": seed}
+        options = {"validation_share": validation_share, "shard_tokens": shard_tokens, "seed": seed, "replace": replace}
         manifest, found = make(prefix, tokenizer, out, validation=validation, eod_token=eod_token, **options)
         print(f"read         {found.n_read:,} documents, {found.n_empty:,} of them empty and left out")
         print(f"ends         {found.n_ended:,} documents got one, {found.n_cut:,} had more and were cut there")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,20 @@ def test_held_out_documents_are_chosen_by_their_tokens_alone(tmp_path: Path, tex
     assert splits[0] == splits[1]
     assert 3 < len(splits[0]["validation"]) < 21
     assert not splits[0]["validation"] & splits[0]["train"]
+
+
+def test_an_import_keeps_the_data_that_are_there(tmp_path: Path, text: tuple[Tokenizer, Documents]) -> None:
+    text[0].save(str(tmp_path / "tokenizer.json"))
+    prefix, held = write_megatron(tmp_path / "given", [[[5, 6, EOD]]]), write_megatron(tmp_path / "held", [[[7, EOD]]])
+    call = partial(import_megatron, prefix, tmp_path / "tokenizer.json", tmp_path / "data", validation=held)
+    call(progress=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    write_megatron(tmp_path / "given", [[[8, 9, EOD]]])
+    with pytest.raises(DataError, match=r"holds prepared data.*--replace"):
+        call(progress=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+    manifest, _ = call(replace=True, progress=False)
+    assert documents_of(manifest, "train") == [[8, 9, EOD]]
 
 
 def _patch_idx(place: int, content: bytes) -> Callable[[Path], object]:
