@@ -250,7 +250,7 @@ def _farewell(run: Run, report: Report, code: int) -> None:
         return
     picture = plot_loss(run.folder)
     newest = published(run.checkpoints)
-    again = _again(run.folder)
+    again = command_again(run.folder)
     rows: dict[str, str | list[str]] = {"checkpoint": str(newest[0]) if newest else "none"}
     rows["loss curve"] = str(picture or "none")
     if code != EXIT_DONE:
@@ -283,9 +283,12 @@ def _another(config: Config, folder: Path) -> str:
     return f"model={model} {shlex.quote(f'run.dir={folder}-{model}')}"
 
 
-def _again(folder: Path) -> str:
-    """The command that continues a run."""
-    return f"{_tools()}python -m transmamba.train --config {shlex.quote(str(folder / 'config.yaml'))}"
+def command_again(folder: Path) -> str:
+    """What continues a run: torchrun for several ranks of one machine; jobs of several know their launcher better."""
+    n_ranks = os.environ.get("WORLD_SIZE", "1")
+    is_torchrun = n_ranks != "1" and n_ranks == os.environ.get("LOCAL_WORLD_SIZE")
+    starter = f"torchrun --nproc-per-node {n_ranks}" if is_torchrun else "python"
+    return f"{_tools()}{starter} -m transmamba.train --config {shlex.quote(str(folder / 'config.yaml'))}"
 
 
 def _tools() -> str:
@@ -300,7 +303,7 @@ def _write_exit(folder: Path, code: int, cause: str) -> None:
         "code": code,
         "cause": cause,
         "checkpoint": str(newest[0]) if newest else None,
-        "resume": _again(folder),
+        "resume": command_again(folder),
     }
     (folder / "exit.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ from tests.integration.conftest import Trainer
 from transmamba import train as entry
 from transmamba.cli import app
 from transmamba.compose import load
+from transmamba.session import command_again
 
 KEPT = ("data.path", "data.seq_len", "train.steps", "train.global_batch", "optim.lr", "validation.tokens")
 
@@ -53,3 +54,16 @@ def test_what_makes_a_run_slow_or_odd_is_said_at_its_start(
     said = capsys.readouterr().out
     assert ("this CPU has no bf16 units" in said) is not has_units
     assert "warning: transpoint=cycle has 8 TransPoints, and 3 layers never get" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "starter"),
+    [("1", "1", "python -m"), ("4", "4", "torchrun --nproc-per-node 4 -m"), ("8", "4", "python -m")],
+)
+def test_several_ranks_of_a_machine_go_on_as_several(
+    world: str, local: str, starter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    said = command_again(Path("runs/a"))
+    assert said.endswith(f"{starter} transmamba.train --config runs/a/config.yaml")
