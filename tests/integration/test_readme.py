@@ -22,6 +22,8 @@ from tests.integration.documented import DRY, RANKS, ROOT, ROWS, RUN, STANDS_FOR
 from transmamba import train as entry
 from transmamba.cli import app
 from transmamba.compose import load
+from transmamba.data_pipeline.manifest import load_manifest
+from transmamba.data_pipeline.megatron import export_megatron
 from transmamba.data_pipeline.prepare import prepare
 from transmamba.errors import EXIT_STOP_FILE
 from transmamba.validate import validate
@@ -59,6 +61,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     for name in ("code", "news"):
         shutil.copytree(world / "data" / "b", world / "data" / name)
     shutil.copyfile(corpus / "tokenizer.json", world / "tokenizer.json")
+    # What one command leaves for another must not depend on which of them a worker runs first.
+    export_megatron(load_manifest(corpus), world / "PREFIX", "train", progress=False)
     here = [f"data.path={world}/data/mine", f"run.dir={world}/runs/NAME", "data.ledger=true"]
     (world / "runs" / "NAME").mkdir(parents=True)
     (world / "runs" / "NAME" / "STOP").touch()
