@@ -141,7 +141,9 @@ ROWS: dict[str, Row] = {
     "transmamba data inspect data/mine --png lengths.png --samples 3": Row(makes="lengths.png"),
     "transmamba data inspect": instead("transmamba data inspect data/mine", "named in a sentence"),
     "transmamba data verify data/mine": RUN,
-    "transmamba data export-megatron data/mine --out PREFIX": RUN,
+    "transmamba data export-megatron data/mine --out PREFIX": instead(
+        "transmamba data export-megatron data/mine --out OTHER", "PREFIX is there", makes="OTHER.idx"
+    ),
     "transmamba data import-megatron PREFIX --tokenizer tokenizer.json --out data/theirs": instead(
         "transmamba data import-megatron PREFIX --tokenizer tokenizer.json --out data/theirs --validation-share 0.2",
         "of so few documents none would be held out", makes="data/theirs/manifest.json",
