@@ -33,6 +33,16 @@ def check_target(out: Path) -> None:
         raise DataError(str(out), f"is not empty and holds other files ({(foreign or names)[0]})", fix)
 
 
+def check_free(out: Path) -> None:
+    """Refuse a target that holds prepared data.
+
+    Raises:
+        DataError: it does.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise DataError(str(out), "holds prepared data", "choose another --out, or give --replace to lose them")
+
+
 @contextlib.contextmanager
 def publish_folder(out: Path, *, replace: bool) -> Iterator[Path]:
     """Yield an empty folder next to `out` to write into; when the block succeeds it becomes `out`.
