@@ -21,7 +21,7 @@ import numpy as np
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.manifest import Manifest, Split, load_manifest, save_manifest
 from transmamba.data_pipeline.progress import show_step
-from transmamba.data_pipeline.publish import check_free, check_target, publish_folder
+from transmamba.data_pipeline.publish import check_target, publish_folder
 from transmamba.data_pipeline.shards import BLOCK_TOKENS, SHARD_TOKENS, ShardWriter, join_parts
 from transmamba.data_pipeline.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, token_bytes, vocab_size_of
 from transmamba.data_pipeline.tokens import TokenStore
@@ -140,9 +140,7 @@ def import_megatron(
         DataError: a file is missing, damaged or of another tokenizer, nothing is held out, or the target has
             files.
     """
-    check_target(out)
-    if not replace:
-        check_free(out)
+    check_target(out, keep=not replace)
     if not 0 < validation_share < 1:
         raise DataError("validation_share", f"{validation_share} is no share", "use a number between 0 and 1")
     vocabulary = load_tokenizer(tokenizer)

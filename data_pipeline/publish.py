@@ -16,8 +16,11 @@ from transmamba.data_pipeline.manifest import FORMAT, MANIFEST_NAME
 _OWN_SUFFIXES = (".tar", ".json", ".blocks")
 
 
-def check_target(out: Path) -> None:
+def check_target(out: Path, *, keep: bool = False) -> None:
     """Refuse a target that would destroy something that is not prepared data.
+
+    Args:
+        keep: refuse prepared data too.
 
     Raises:
         DataError: `out` is a file, or a folder with anything else than prepared data in it.
@@ -31,15 +34,7 @@ def check_target(out: Path) -> None:
     foreign = [name for name in names if not name.endswith(_OWN_SUFFIXES)]
     if foreign or not _has_own_manifest(out):
         raise DataError(str(out), f"is not empty and holds other files ({(foreign or names)[0]})", fix)
-
-
-def check_free(out: Path) -> None:
-    """Refuse a target that holds prepared data.
-
-    Raises:
-        DataError: it does.
-    """
-    if out.exists() and any(out.iterdir()):
+    if keep:
         raise DataError(str(out), "holds prepared data", "choose another --out, or give --replace to lose them")
 
 
