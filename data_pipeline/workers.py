@@ -97,7 +97,8 @@ def start_workers(n_workers: int, *, threads: int) -> Iterator[Workers]:
             yield Workers(pool, n_workers, counts, stop)
         except BaseException:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            # The interpreter waits for it at exit in any case, and may then find its pipe closed under its hands.
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
