@@ -18,7 +18,16 @@ from transmamba import checkpoint
 from transmamba.checkpoint import Checkpoint
 from transmamba.checkpoints_tools import hf_model
 from transmamba.checkpoints_tools.hf_compare import FORMS, Comparison, compare
-from transmamba.checkpoints_tools.hf_format import ARCHITECTURES, FLOAT32, Family, family_of, hf_config, hf_tensors
+from transmamba.checkpoints_tools.hf_format import (
+    ARCHITECTURES,
+    AUTO_MAP,
+    CODE,
+    FLOAT32,
+    Family,
+    family_of,
+    hf_config,
+    hf_tensors,
+)
 from transmamba.checkpoints_tools.hf_model.modeling_transmamba import TransMambaForCausalLM
 from transmamba.compose import load
 from transmamba.config import Config
@@ -29,8 +38,6 @@ from transmamba.model.model import Model
 from transmamba.resume import load_weights
 from transmamba.run import build_model
 from transmamba.transpoint import effective_points
-
-CODE = ("configuration_transmamba.py", "mixing_transmamba.py", "modeling_transmamba.py")
 
 
 @dataclass(frozen=True)
@@ -175,9 +182,32 @@ def _write_records(
     for name, record in (("tokenizer_config.json", reader), ("generation_config.json", ends)):
         (folder / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if family == "transmamba":
-        for name in CODE:
-            text = (Path(hf_model.__path__[0]) / name).read_text(encoding="utf-8")
-            (folder / name).write_text(text.replace(f"from {hf_model.__name__}.", "from ."), encoding="utf-8")
+        write_code(folder)
+
+
+def write_code(folder: Path) -> None:
+    """Put this package's model files into a folder that transformers reads."""
+    for name in CODE:
+        text = (Path(hf_model.__path__[0]) / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace(f"from {hf_model.__name__}.", "from ."), encoding="utf-8")
+
+
+def harmless_copy(given: Path, folder: Path) -> bool:
+    """Link a model folder's data, and no code of it, into a new one; whether that one holds our code instead.
+
+    A folder may come from anywhere, and transformers runs the files that it names if it is told to trust them.
+    """
+    folder.mkdir()
+    for path in given.iterdir():
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
+            (folder / path.name).symlink_to(path.resolve())
+    found = [folder / name for name in ("config.json", "tokenizer_config.json") if (folder / name).exists()]
+    maps = [json.loads(path.read_bytes()).get("auto_map") for path in found]
+    # Names with "--" are other repositories' code, of the tokenizer too.
+    is_ours = maps[0] == AUTO_MAP and not any(maps[1:])
+    if is_ours:
+        write_code(folder)
+    return is_ours
 
 
 def load_exported(folder: Path, family: Family) -> Any:

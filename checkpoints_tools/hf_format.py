@@ -37,6 +37,15 @@ ARCHITECTURES: dict[Family, str] = {
 }
 
 
+# Where transformers finds the classes of an exported folder: in the files of `CODE` beside it.
+CODE = ("configuration_transmamba.py", "mixing_transmamba.py", "modeling_transmamba.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_transmamba.TransMambaConfig",
+    "AutoModel": "modeling_transmamba.TransMambaModel",
+    "AutoModelForCausalLM": "modeling_transmamba.TransMambaForCausalLM",
+}
+
+
 def family_of(model: ModelConfig) -> Family:
     """The class of transformers that computes exactly what the model does; its own where there is none."""
     kinds = set(layer_kinds(model))
@@ -143,11 +152,7 @@ def hf_config(
         return LlamaConfig(num_key_value_heads=model.n_heads, rope_parameters=rotary, **shared)
     left = {key: value for key, value in model.model_dump().items() if key not in (*HF_NAMES, *NOT_EXPORTED)}
     shared |= {**left, "head_dim": head_width(model)}
-    shared["auto_map"] = {
-        "AutoConfig": "configuration_transmamba.TransMambaConfig",
-        "AutoModel": "modeling_transmamba.TransMambaModel",
-        "AutoModelForCausalLM": "modeling_transmamba.TransMambaForCausalLM",
-    }
+    shared["auto_map"] = dict(AUTO_MAP)
     finite = [None if point == math.inf else int(point) for point in points]
     return TransMambaConfig(layer_kinds=list(layer_kinds(model)), transpoints=finite, **shared)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transmamba.checkpoints_tools.hf_export import export
+from transmamba.checkpoints_tools.hf_export import export, harmless_copy
 from transmamba.compose import load
 from transmamba.corpus import open_corpus
 from transmamba.data_pipeline.tokenizer import load_tokenizer
@@ -81,17 +81,19 @@ def run_tasks(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = run_dir
-        if not (run_dir / "config.json").is_file():
-            model = folder / "model"
+        model = folder / "model"
+        if (run_dir / "config.json").is_file():
+            trusted = harmless_copy(run_dir, model)
+        else:
             export(run_dir, model, check_tokens=0)
+            trusted = True
         local = folder / "tasks"
         local.mkdir()
         write_local_tasks(run_dir, local, limit, overrides)
         if include is not None:
             for path in include.iterdir():
                 (local / path.name).symlink_to(path.resolve())
-        results = _harness(folder, model, local, tasks, limit)
+        results = _harness(folder, trusted, local, tasks, limit)
     (out / "tasks.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
@@ -106,9 +108,9 @@ def result_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _harness(folder: Path, model: Path, local: Path, tasks: Sequence[str], limit: int) -> dict[str, Any]:
+def _harness(folder: Path, trusted: bool, local: Path, tasks: Sequence[str], limit: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--batch_size", "8", "--limit", str(limit)]
-    command += ["--model_args", f"pretrained={model},trust_remote_code=True,dtype=float32"]
+    command += ["--model_args", f"pretrained={folder / 'model'},trust_remote_code={trusted},dtype=float32"]
     command += ["--tasks", ",".join(tasks), "--include_path", str(local), "--output_path", str(folder / "out")]
     environment = dict(os.environ)
     if set(tasks) <= LOCAL_TASKS.keys():

@@ -15,7 +15,7 @@ from tests.model.hf_runs import KINDS, N_TOKENS, SEQ_LEN, STOCK, Exported, ids_o
 from transmamba.checkpoints_tools import hf_export
 from transmamba.checkpoints_tools.hf_compare import compare
 from transmamba.checkpoints_tools.hf_export import export, load_exported
-from transmamba.checkpoints_tools.hf_format import hf_name
+from transmamba.checkpoints_tools.hf_format import CODE, hf_name
 from transmamba.checkpoints_tools.hf_model.configuration_transmamba import TransMambaConfig
 from transmamba.compose import load
 from transmamba.kernels.documents import Documents
@@ -61,7 +61,7 @@ def test_the_folder_has_what_loaders_expect(exported: Exported) -> None:
     assert all((exported.folder / name).stat().st_size <= 110_000 for name in shards)
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     code = {name for name in names if name.endswith(".py")}
-    assert code == (set() if exported.kind in STOCK else set(hf_export.CODE))
+    assert code == (set() if exported.kind in STOCK else set(CODE))
     assert ("auto_map" in stated) == bool(code)
     assert not list(exported.folder.parent.glob(".*"))
 

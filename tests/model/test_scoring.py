@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from tests.model.hf_runs import N_TOKENS, SEQ_LEN, make_run, topics
 from tests.unit.data.corpora import write_corpus
-from transmamba.checkpoints_tools.hf_export import export
+from transmamba.checkpoints_tools.hf_export import export, harmless_copy
+from transmamba.checkpoints_tools.hf_format import AUTO_MAP, CODE
 from transmamba.cli import app
 from transmamba.compose import load
 from transmamba.data_pipeline.tokenizer import encode_documents, load_tokenizer, token_bytes, train_tokenizer
@@ -224,3 +225,22 @@ def _run_with_long_validation(root: Path) -> Path:
         held_out=documents,
     )
     return run
+
+
+@pytest.mark.parametrize("map_of", ["config.json", "tokenizer_config.json"])
+def test_a_model_folder_brings_no_code_of_its_own(map_of: str, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in ("modeling_transmamba.py", "evil.py"):
+        (given / name).write_text("raise SystemExit")
+    (given / "pytorch_model.bin").write_bytes(b"pickle")
+    (given / "config.json").write_text(json.dumps({"auto_map": AUTO_MAP}))
+    (given / "tokenizer_config.json").write_text("{}")
+    assert harmless_copy(given, tmp_path / "ours")
+    held = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert held == {"config.json", "tokenizer_config.json", *CODE}
+    assert "SystemExit" not in (tmp_path / "ours" / "modeling_transmamba.py").read_text()
+    # A map that leads elsewhere, to another repository for instance, is not trusted.
+    (given / map_of).write_text(json.dumps({"auto_map": {"AutoConfig": "someone/else--evil.Config"}}))
+    assert not harmless_copy(given, tmp_path / "foreign")
+    assert not list((tmp_path / "foreign").glob("*.py"))
