@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from transmamba.answer import answer
-from transmamba.cli_checkpoint import checkpoint
-from transmamba.cli_convert import add_conversions
-from transmamba.cli_data import data
-from transmamba.cli_launch import launch
-from transmamba.cli_plan import plan
-from transmamba.cli_runs import runs
-from transmamba.cli_sweep import sweep
+from transmamba.commands.checkpoint import checkpoint
+from transmamba.commands.convert import add_conversions
+from transmamba.commands.data import data
+from transmamba.commands.launch import launch
+from transmamba.commands.plan import plan
+from transmamba.commands.runs import runs
+from transmamba.commands.sweep import sweep
 from transmamba.train import wait_politely
 
 app = typer.Typer(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from transmamba.config import WandbConfig
-from transmamba.wandb_key import settled_mode
+from transmamba.tracking.wandb_key import settled_mode
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -53,7 +53,7 @@ class WandbFeed:
         if mode == "disabled":
             return
         log = (folder / "logs" / "wandb.log").open("ab")
-        command = [sys.executable, "-m", "transmamba.wandb_feed", str(folder), mode, config.project]
+        command = [sys.executable, "-m", "transmamba.tracking.wandb_feed", str(folder), mode, config.project]
         self._process = subprocess.Popen(
             [*command, config.group or ""],
             stdin=subprocess.PIPE,

@@ -35,8 +35,8 @@ from transmamba.plan import Plan, make_plan, print_plan
 from transmamba.plot import plot_loss
 from transmamba.report import Report
 from transmamba.run import Run, build_run, describe, make_folder
+from transmamba.tracking.wandb_key import mode_line
 from transmamba.transpoint import effective_points
-from transmamba.wandb_key import mode_line
 
 _SLOW_BF16 = "; this CPU has no bf16 units: expect a tenth of the speed of precision=fp32"
 EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to save yet

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transmamba.config import Config, head_width, padded_vocab, tokens_per_step, total_steps
 from transmamba.errors import CompleteRunError, ConfigError, Problem
+from transmamba.tracking.wandb_key import has_key
 from transmamba.transpoint import layer_kinds
 from transmamba.validate_data import data_problems
 from transmamba.validate_run import complete_at, run_problems
-from transmamba.wandb_key import has_key
 
 TORCH_FLOOR = (2, 11)
 Problems = Iterator[Problem]

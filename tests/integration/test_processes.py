@@ -99,7 +99,7 @@ def test_the_wandb_feed_logs_every_step_once_and_ends_with_its_trainer(tmp_path:
     metrics.writelines(lines[:3])
     metrics.flush()
     feed = subprocess.Popen(
-        [sys.executable, "-m", "transmamba.wandb_feed", str(folder), "offline", "project", ""],
+        [sys.executable, "-m", "transmamba.tracking.wandb_feed", str(folder), "offline", "project", ""],
         stdin=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "FAKE_WANDB_OUT": str(out)},
     )

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.model.hf_runs import make_run
 from transmamba.checkpoints_tools import hf_export
-from transmamba.cli_convert import add_conversions
+from transmamba.commands.convert import add_conversions
 
 app = typer.Typer()
 add_conversions(app)

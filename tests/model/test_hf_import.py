@@ -26,7 +26,7 @@ from transmamba import train as entry
 from transmamba.checkpoint import StorageError, newest_valid
 from transmamba.checkpoints_tools.hf_export import export
 from transmamba.checkpoints_tools.hf_import import import_folder, load_folder
-from transmamba.cli_convert import add_conversions
+from transmamba.commands.convert import add_conversions
 from transmamba.compose import load
 from transmamba.data_pipeline.prepare import prepare
 from transmamba.generate import complete

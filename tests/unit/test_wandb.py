@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from transmamba import wandb_feed
 from transmamba.config import WandbConfig
 from transmamba.errors import ConfigError
 from transmamba.metrics import Journal, WandbFeed
+from transmamba.tracking import wandb_feed
+from transmamba.tracking.wandb_key import has_key, mode_line, settled_mode
+from transmamba.tracking.wandb_records import _records, offline_steps
 from transmamba.validate import validate
-from transmamba.wandb_key import has_key, mode_line, settled_mode
-from transmamba.wandb_records import _records, offline_steps
 
 OFFLINE = WandbConfig(mode="offline", project="p")
 
@@ -43,7 +43,7 @@ def feeds_of(folder: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"transmamba.wandb_feed" in words and str(folder).encode() in words:
+        if b"transmamba.tracking.wandb_feed" in words and str(folder).encode() in words:
             found.append(int(path.parent.name))
     return found
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from transmamba.doctor.finding import Finding
-from transmamba.wandb_key import has_key
+from transmamba.tracking.wandb_key import has_key
 
 # Package -> what it enables and how it is installed.
 PARTS = {

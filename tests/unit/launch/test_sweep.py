@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from transmamba.cli_sweep import sweep as app
+from transmamba.commands.sweep import sweep as app
 from transmamba.compose import load
 from transmamba.errors import ConfigError
 from transmamba.launch.sweeps import files, local

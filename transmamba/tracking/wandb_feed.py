@@ -1,4 +1,4 @@
-"""`python -m transmamba.wandb_feed RUN_DIR MODE PROJECT GROUP`: follow a run's metrics.jsonl into wandb.
+"""`python -m transmamba.tracking.wandb_feed RUN_DIR MODE PROJECT GROUP`: follow a run's metrics.jsonl into wandb.
 
 Started by the trainer; ends when the trainer closes its standard input, whatever wandb does meanwhile. All attempts of
 a run are one run of wandb, and together they log every step once: a former feed is awaited, and what it has logged is
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import yaml
 
 from transmamba.metrics import METRICS
-from transmamba.wandb_records import offline_steps
+from transmamba.tracking.wandb_records import offline_steps
 
 POLL_S, PATIENCE_S = 2.0, 600.0
 STATE = "wandb.json"

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from transmamba.answer import answer
-from transmamba.cli_tokenizer import tokenizer as tokenizer_commands
+from transmamba.commands.tokenizer import tokenizer as tokenizer_commands
 from transmamba.errors import EXIT_DATA, EXIT_RANK_DIED, EXIT_STOPPED, EXIT_STORAGE, RunError
 
 data = typer.Typer(help="Make training data from text.", no_args_is_help=True)
