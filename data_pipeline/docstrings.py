@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import multiprocessing
 import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from transmamba.data_pipeline.text import Document
+from transmamba.data_pipeline.workers import map_in_order
 
 # Where the corpus stops; a module that crosses it is the last one.
 MAX_CHARS = 12_000_000
@@ -76,13 +76,16 @@ def read_installed_docstrings(
         workers: processes that parse, >= 1.
         max_chars: stop after the module that reaches this many characters.
         advance: told the characters of each document as it is read.
+
+    Raises:
+        WorkerDied: a process that parses was killed.
     """
     modules = list_modules()
     documents: list[Document] = []
     seen: set[bytes] = set()
     n_chars = n_read = 0
     last_module = ""
-    for name, sections in _parse_all(modules, workers):
+    for name, sections in map_in_order(_parse_module, modules, workers, chunk=16):
         n_read += 1
         text = _join_new_sections(sections, seen)
         if not text:
@@ -167,13 +170,3 @@ def _parse_module(module: tuple[str, str]) -> tuple[str, list[tuple[str, str]]]:
     except OSError:
         # A package may be removed while its folder is walked.
         return name, []
-
-
-def _parse_all(modules: list[tuple[str, str]], workers: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    # A daemonic process may not have children.
-    if workers == 1 or multiprocessing.current_process().daemon:
-        yield from map(_parse_module, modules)
-        return
-    # Fork: the children run only the standard library, and need no importable main module.
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap(_parse_module, modules, chunksize=16)

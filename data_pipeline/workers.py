@@ -7,19 +7,24 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
-from typing import Any
+from typing import Any, TypeVar
 
 # Told the source bytes and the tokens that were done since it was last called.
 Advance = Callable[[int, int], None]
 # Does one task: its number, its arguments, and whom to tell about progress.
 Task = Callable[..., None]
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+# A fork would copy locks that other threads hold, and garbage whose finalisers wait for threads that it does not copy.
+_CONTEXT = multiprocessing.get_context("spawn")
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.2
 
@@ -89,10 +94,9 @@ def start_workers(n_workers: int, *, threads: int) -> Iterator[Workers]:
     if n_workers == 0 or multiprocessing.current_process().daemon:
         yield Workers(None, 0, None, None)
         return
-    context = multiprocessing.get_context("spawn")
-    counts, stop = context.Array("q", 2), context.Event()
+    counts, stop = _CONTEXT.Array("q", 2), _CONTEXT.Event()
     arguments = (os.getpid(), threads, counts, stop)
-    with ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=arguments) as pool:
+    with ProcessPoolExecutor(n_workers, _CONTEXT, initializer=_start_worker, initargs=arguments) as pool:
         try:
             yield Workers(pool, n_workers, counts, stop)
         except BaseException:
@@ -102,18 +106,46 @@ def start_workers(n_workers: int, *, threads: int) -> Iterator[Workers]:
             raise
 
 
+def map_in_order(
+    function: Callable[[Item], Answer], items: Sequence[Item], n_workers: int, *, chunk: int
+) -> Generator[Answer, None, None]:
+    """Answers of `function` for all items, in their order, by processes that end when the iterator does.
+
+    Args:
+        n_workers: processes; with 1 the work is done here.
+        chunk: items that a process is given at once.
+
+    Raises:
+        WorkerDied: a worker process ended, for example killed because memory was short.
+    """
+    if n_workers == 1 or multiprocessing.current_process().daemon:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(n_workers, _CONTEXT, initializer=_belong_to, initargs=(os.getpid(),))
+    try:
+        yield from pool.map(function, items, chunksize=chunk)
+    except BrokenProcessPool as error:
+        raise WorkerDied("a worker process died") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
 def die_with_parent() -> None:
     """Have the kernel kill this process when the one that started it ends, however it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _start_worker(parent: int, threads: int, counts: Any, stop: Event) -> None:
+def _belong_to(parent: int) -> None:
     die_with_parent()
     if os.getppid() != parent:
         # It died before it could be watched.
         os._exit(1)
     # Ends it without a traceback; what is half done is done again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _start_worker(parent: int, threads: int, counts: Any, stop: Event) -> None:
+    _belong_to(parent)
     # The library offers no other way to say this.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)

@@ -1,6 +1,8 @@
 """One thread per process, asleep when idle, as tests share their cores; Triton in its interpreter without a GPU."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,3 +15,11 @@ if not Path("/dev/nvidiactl").exists():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--layout-report", type=Path, help="write how near every layout came to one rank, as JSON")
+
+
+@pytest.fixture
+def safe_to_fork() -> Iterator[None]:
+    """A fork finalises no garbage of other tests: process groups wait for threads that it does not copy."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

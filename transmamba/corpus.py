@@ -12,7 +12,8 @@ from transmamba.data_pipeline.manifest import Manifest
 from transmamba.data_pipeline.mixture import Mixture
 from transmamba.data_pipeline.prepare import default_corpus
 from transmamba.data_pipeline.stream import Stream
-from transmamba.errors import ConfigError
+from transmamba.data_pipeline.workers import WorkerDied
+from transmamba.errors import EXIT_RANK_DIED, ConfigError, RunError
 from transmamba.validate_data import data_problems
 
 GIB = 2**30
@@ -84,10 +85,11 @@ def open_corpus(config: Config) -> Corpus:
     Raises:
         ConfigError: the default corpus does not fit the configuration.
         DataError: a folder cannot be opened or built.
+        RunError: a process that builds the default corpus was killed.
     """
     data = config.data
     if data.path is None and not data.sources:
-        data.path = str(default_corpus(progress=os.environ.get("LOCAL_RANK", "0") == "0"))
+        data.path = str(_default_corpus())
         problems = list(data_problems(config))
         if problems:
             raise ConfigError(problems)
@@ -99,6 +101,14 @@ def open_corpus(config: Config) -> Corpus:
     held = sources if data.sources else {HELD_OUT: sources[ONLY]}
     sets = {name: open_folder(place, cache) for name, place in config.validation.sets.items()}
     return Corpus(sources, held | sets)
+
+
+def _default_corpus() -> Path:
+    try:
+        return default_corpus(progress=os.environ.get("LOCAL_RANK", "0") == "0")
+    except WorkerDied as error:
+        fix = "look for an out-of-memory kill, and start again"
+        raise RunError(EXIT_RANK_DIED, f"data.path: {error} building the default corpus. Fix: {fix}") from error
 
 
 def cache_folder(given: str | None) -> Path:

@@ -1,6 +1,7 @@
 """Reading the windows of the next steps in a process of its own, while the device computes."""
 # B batch, T tokens.
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -108,7 +109,10 @@ class RowReader:
         )
         before = set(multiprocessing.active_children())
         handler = signal.getsignal(signal.SIGCHLD)
+        # The reader must not finalise what is garbage here: memory of the GPU, process groups whose threads it has not.
+        gc.freeze()
         self._source = iter(loader)
+        gc.unfreeze()
         # Torch's handler would raise the reader's death in the midst of a step, far from who asks for rows.
         signal.signal(signal.SIGCHLD, handler)
         (self._process,) = set(multiprocessing.active_children()) - before

@@ -1,5 +1,6 @@
 """The reading process gives the same rows, outlives signals meant for the trainer, and is named when it fails."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -60,6 +61,38 @@ def test_signals_meant_for_the_trainer_do_not_end_the_reader(manifest: Manifest)
             os.kill(reader.process_id, number)
         for step in range(1, 6):
             reader.rows(step, step + 1)
+
+
+class Owner:
+    """Part of a cycle; writes down who finalises it."""
+
+    def __init__(self, file: Path):
+        self.file, self.itself = file, self
+
+    def __del__(self) -> None:
+        self.file.write_text(str(os.getpid()))
+
+
+def test_the_reader_finalises_nothing_of_the_trainers(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, rows = tmp_path / "finalised", Mixture.rows
+
+    def collect_and_read(mixture: Mixture, first: int, count: int) -> object:
+        gc.collect()
+        return rows(mixture, first, count)
+
+    monkeypatch.setattr(Mixture, "rows", collect_and_read)
+    gc.disable()
+    try:
+        Owner(file)
+        with reading(manifest, ahead=1, limit_s=60) as reader:
+            reader.rows(0, 1)
+        assert not file.exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert file.read_text() == str(os.getpid())
 
 
 def test_a_dead_reader_is_named_with_its_process_and_step(manifest: Manifest) -> None:

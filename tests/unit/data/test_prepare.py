@@ -15,6 +15,8 @@ import fsspec
 import numpy as np
 import pytest
 
+from transmamba import corpus
+from transmamba.compose import load
 from transmamba.data_pipeline import docstrings, encoding, parts
 from transmamba.data_pipeline import prepare as module
 from transmamba.data_pipeline.errors import DataError
@@ -23,6 +25,8 @@ from transmamba.data_pipeline.prepare import default_corpus, prepare, summary_li
 from transmamba.data_pipeline.tokenizer import load_tokenizer, token_bytes
 from transmamba.data_pipeline.tokens import TokenStore
 from transmamba.data_pipeline.work import begin, hold_work_folder, remove_work_folder
+from transmamba.data_pipeline.workers import WorkerDied
+from transmamba.errors import EXIT_RANK_DIED, RunError
 
 TOPICS = {name: str(text) for name, text in sorted(pydoc_data.topics.topics.items())}
 
@@ -333,6 +337,7 @@ def _build_default(root: Path) -> str:
     return str(default_corpus(root, progress=False))
 
 
+@pytest.mark.usefixtures("safe_to_fork")
 def test_builders_of_the_default_corpus_do_not_disturb_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,3 +355,13 @@ def test_builders_of_the_default_corpus_do_not_disturb_each_other(
     (folder / "tokenizer.json").write_text("damaged")
     assert default_corpus(tmp_path, progress=False) == folder
     assert load_manifest(folder) == manifest
+
+
+def test_a_run_says_when_its_default_corpus_lost_a_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose_one(progress: bool) -> Path:
+        raise WorkerDied("a worker process died")
+
+    monkeypatch.setattr(corpus, "default_corpus", lose_one)
+    with pytest.raises(RunError, match=r"data\.path: a worker process died building the default corpus") as caught:
+        corpus.open_corpus(load([]))
+    assert caught.value.code == EXIT_RANK_DIED

@@ -34,6 +34,7 @@ QUICK = Patience(attempts=3, first_pause_s=0.005, longest_pause_s=0.01)
 ROOMY = 1 << 30
 # Forked as the trainer's reader is, while threads of the parent run.
 FORK = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.usefixtures("safe_to_fork")
 
 
 @pytest.fixture(scope="module")

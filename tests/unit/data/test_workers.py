@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from transmamba.data_pipeline.errors import DataError
-from transmamba.data_pipeline.workers import Advance, WorkerDied, start_workers
+from transmamba.data_pipeline.workers import Advance, WorkerDied, map_in_order, start_workers
 
 
 def touch(number: int, folder: Path, advance: Advance) -> None:
@@ -33,6 +33,12 @@ def die(number: int, folder: Path, advance: Advance) -> None:
     if number == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1)
+
+
+def square(number: int) -> tuple[int, int]:
+    if number < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2, os.getpid()
 
 
 def add_up(totals: list[int]) -> Advance:
@@ -76,3 +82,17 @@ def test_without_workers_the_tasks_are_done_here(tmp_path: Path, monkeypatch: py
         workers.run(touch, [(i, tmp_path) for i in range(3)], add_up(totals))
     assert (tmp_path / "2").read_text() == f"5 true {os.getpid()}"
     assert totals == [30, 3]
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_answers_come_in_order_and_what_is_not_asked_for_is_left(n_workers: int) -> None:
+    answers = map_in_order(square, range(1000), n_workers, chunk=7)
+    found = [next(answers) for _ in range(100)]
+    answers.close()
+    assert [answer for answer, _ in found] == [number**2 for number in range(100)]
+    assert (os.getpid() in {process for _, process in found}) == (n_workers == 1)
+
+
+def test_a_worker_that_is_killed_ends_the_answers() -> None:
+    with pytest.raises(WorkerDied, match="a worker process died"):
+        list(map_in_order(square, [*range(50), -1, *range(50)], 2, chunk=4))
