@@ -29,6 +29,7 @@ from transmamba.heartbeat import start as start_heartbeat
 from transmamba.loop import train_steps
 from transmamba.machine import choose_precision, choose_threads, describe_device, has_slow_bf16, sum_in_one_order
 from transmamba.metrics import Journal, WandbFeed, read_metrics
+from transmamba.next_commands import installed, train_again
 from transmamba.parallel import topology as groups
 from transmamba.parallel.topology import Topology
 from transmamba.plan import Plan, make_plan, print_plan
@@ -250,7 +251,7 @@ def _farewell(run: Run, report: Report, code: int) -> None:
         return
     picture = plot_loss(run.folder)
     newest = published(run.checkpoints)
-    again = command_again(run.folder)
+    again = train_again(run.folder)
     rows: dict[str, str | list[str]] = {"checkpoint": str(newest[0]) if newest else "none"}
     rows["loss curve"] = str(picture or "none")
     if code != EXIT_DONE:
@@ -270,7 +271,7 @@ def _farewell(run: Run, report: Report, code: int) -> None:
     tokens = run.config.train.tokens
     longer = f"train.steps={2 * total_steps(run.config)}" if tokens is None else f"train.tokens={2 * tokens}"
     rows["next"] = [
-        f'{_tools()}transmamba generate {shlex.quote(str(run.folder))} -p "{run.config.sample.prompt or "The"}"',
+        installed("transmamba", "generate", str(run.folder), "-p", run.config.sample.prompt or "The"),
         f"{again} {longer}",
         f"{again} {_another(run.config, run.folder)}",
     ]
@@ -283,27 +284,13 @@ def _another(config: Config, folder: Path) -> str:
     return f"model={model} {shlex.quote(f'run.dir={folder}-{model}')}"
 
 
-def command_again(folder: Path) -> str:
-    """What continues a run: torchrun for several ranks of one machine; jobs of several know their launcher better."""
-    n_ranks = os.environ.get("WORLD_SIZE", "1")
-    is_torchrun = n_ranks != "1" and n_ranks == os.environ.get("LOCAL_WORLD_SIZE")
-    starter = f"torchrun --nproc-per-node {n_ranks}" if is_torchrun else "python"
-    return f"{_tools()}{starter} -m transmamba.train --config {shlex.quote(str(folder / 'config.yaml'))}"
-
-
-def _tools() -> str:
-    """What to put before `python` and `transmamba` so that a shell without the environment finds them."""
-    here = Path(sys.executable).parent
-    return "" if shutil.which("transmamba") == str(here / "transmamba") else f"{os.path.relpath(here)}/"
-
-
 def _write_exit(folder: Path, code: int, cause: str) -> None:
     newest = published(folder / "checkpoints")
     record = {
         "code": code,
         "cause": cause,
         "checkpoint": str(newest[0]) if newest else None,
-        "resume": command_again(folder),
+        "resume": train_again(folder),
     }
     (folder / "exit.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

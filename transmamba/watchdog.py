@@ -8,7 +8,6 @@ verdict.json, events.jsonl, exit.json and a line on stderr.
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 from transmamba import heartbeat
 from transmamba.errors import EXIT_HANG, EXIT_RANK_DIED
 from transmamba.heartbeat import VERDICT, WAITING, Phase, Pulse, Word
+from transmamba.next_commands import train_again
 from transmamba.stragglers import Recorder
 
 APPEAR_S = 60.0  # how long a rank may take to its first heartbeat, from that of local rank 0
@@ -136,9 +136,9 @@ class Watchdog:
                     rank.send(signal.SIGKILL)
             self._look(0.05)
         self._record_within(2.0, verdict)  # rank 0 may have written its own exit.json on its way out
-        line = f"{verdict['cause']}. Fix: look at logs and {VERDICT} in {self._folder}, then {_again(self._folder)}"
+        fix = f"look at logs and {VERDICT} in {self._folder}, then {train_again(self._folder)}"
         with suppress(OSError):
-            print(f"transmamba: error: watchdog: {line}", file=sys.stderr, flush=True)
+            print(f"transmamba: error: watchdog: {verdict['cause']}. Fix: {fix}", file=sys.stderr, flush=True)
             if 0 in self._numbers:
                 (self._folder / "lock.json").unlink(missing_ok=True)  # of rank 0, which is no more
         return verdict["code"]
@@ -204,7 +204,7 @@ class Watchdog:
             found = (path.parent for path in (self._folder / "checkpoints").glob("step-*/manifest.json"))
             newest = max((path for path in found if path.name.removeprefix("step-").isdigit()), default=None)
             record = {"code": verdict["code"], "cause": verdict["cause"], "checkpoint": newest and str(newest)}
-            os.replace(self._draft(record | {"resume": _again(self._folder)}), self._folder / "exit.json")
+            os.replace(self._draft(record | {"resume": train_again(self._folder)}), self._folder / "exit.json")
 
     def _draft(self, record: dict[str, Any]) -> Path:
         path = self._folder / "logs" / f".watchdog-{socket.gethostname()}-{os.getpid()}"
@@ -220,13 +220,6 @@ def _seen(path: Path) -> tuple[int, int, int]:
     except OSError:
         return 0, 0, 0
     return found.st_size, found.st_ino, found.st_mtime_ns
-
-
-def _again(folder: Path) -> str:
-    """The command that continues the run."""
-    here = Path(sys.executable).parent
-    tools = "" if shutil.which("transmamba") == str(here / "transmamba") else f"{os.path.relpath(here)}/"
-    return f"{tools}python -m transmamba.train --config {folder / 'config.yaml'}"
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from tests.integration.conftest import Trainer
 from transmamba import train as entry
 from transmamba.cli import app
 from transmamba.compose import load
-from transmamba.session import command_again
+from transmamba.next_commands import train_again
 
 KEPT = ("data.path", "data.seq_len", "train.steps", "train.global_batch", "optim.lr", "validation.tokens")
 
@@ -65,5 +65,10 @@ def test_several_ranks_of_a_machine_go_on_as_several(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    said = command_again(Path("runs/a"))
+    said = train_again(Path("runs/a"))
     assert said.endswith(f"{starter} transmamba.train --config runs/a/config.yaml")
+
+
+def test_names_that_a_shell_would_take_apart_are_quoted() -> None:
+    said = train_again(Path("my runs/$a"))
+    assert shlex.split(said)[-1] == "my runs/$a/config.yaml"

@@ -73,10 +73,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 @pytest.fixture
-def inside(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def inside(world: Path, monkeypatch: pytest.MonkeyPatch, roomy_disk: None) -> Iterator[Path]:
     monkeypatch.chdir(world)
-    # The documentation speaks of real models; this machine's disk need not hold their checkpoints.
-    monkeypatch.setattr("transmamba.validate_run.BYTES_PER_PARAMETER", 0)
     yield world
     (world / "runs" / "NAME" / "STOP").unlink(missing_ok=True)
 

@@ -101,6 +101,8 @@ def test_a_torch_that_cannot_be_imported_is_fatal(monkeypatch: pytest.MonkeyPatc
 def test_short_memory_and_disk_are_warnings_and_no_folder_is_fatal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(doctor, "MIN_MEMORY", 0)
+    monkeypatch.setattr(doctor, "MIN_DISK", 0)
     assert memory_finding().verdict == disk_finding(tmp_path).verdict == "ok"
     (tmp_path / "file").write_text("")
     assert disk_finding(tmp_path / "file" / "runs").verdict == "fatal"

@@ -74,13 +74,13 @@ def from_hf(
     def run() -> None:
         _need_transformers()
         from transmamba.checkpoints_tools.hf_import import import_folder
+        from transmamba.next_commands import train_again
 
         done = import_folder(src, out, overrides or [], check_tokens=check_tokens, progress=True)
         _tell(done.comparisons)
         if not done.is_exact:
             print("these layers compute something else than the source; the differences above are what that changes")
-        print(f"{done.folder}: {done.kind} from {done.source}. To train it: ", end="")
-        print(f"python -m transmamba.train --config {done.folder / 'config.yaml'}")
+        print(f"{done.folder}: {done.kind} from {done.source}. To train it: {train_again(done.folder)}")
 
     answer(run)
 

@@ -119,6 +119,7 @@ def test_the_text_fits_eighty_columns(
     assert all(len(line) <= 80 and "…" not in line for line in lines)
 
 
+@pytest.mark.usefixtures("roomy_disk")
 @pytest.mark.parametrize("model", ["400m", "400m_hybrid", "tiny_mamba2"])
 def test_the_best_layouts_of_a_search_are_valid_and_fit(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     fixed = [f"model={model}", "data.seq_len=2048", "train.global_batch=512", "precision=bf16"]
