@@ -199,7 +199,9 @@ def harmless_copy(given: Path, folder: Path) -> bool:
     """
     folder.mkdir()
     for path in given.iterdir():
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
+        # An adapter names another model, and would change the weights that were asked about.
+        is_data = path.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja")
+        if path.is_file() and is_data and not path.name.startswith("adapter_"):
             (folder / path.name).symlink_to(path.resolve())
     found = [folder / name for name in ("config.json", "tokenizer_config.json") if (folder / name).exists()]
     maps = [json.loads(path.read_bytes()).get("auto_map") for path in found]

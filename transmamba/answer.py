@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_STORAGE, ConfigError, RunError
+from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED, EXIT_STORAGE, ConfigError, RunError
 
 
 def answer(run: Callable[[], None]) -> None:
@@ -26,6 +26,8 @@ def answer(run: Callable[[], None]) -> None:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         code, fix = (EXIT_STORAGE, "make room") if is_full else (EXIT_CONFIG, "check the path and its permissions")
         line = f"transmamba: error: {error.filename or 'storage'}: {error.strerror or error}. Fix: {fix}."
+    except KeyboardInterrupt:
+        code, line = EXIT_INTERRUPTED, "transmamba: interrupted"
     else:
         return
     print(line, file=sys.stderr)

@@ -121,8 +121,8 @@ def evaluate(
         str | None,
         typer.Option(help="Tasks of lm_eval, with commas: heldout_bits, heldout_choice, or any that it knows"),
     ] = None,
-    include: Annotated[Path | None, typer.Option(help="Folder with task files of your own")] = None,
-    limit: Annotated[int, typer.Option(min=4, help="Documents per task")] = 100,
+    include: Annotated[Path | None, typer.Option(help="Folder with task files of your own, of any depth")] = None,
+    limit: Annotated[int, typer.Option(min=4, help="Documents per task; a large number takes all")] = 100,
 ) -> None:
     """Bits per byte of every validation set, loss by position around the TransPoints, and tasks of lm_eval."""
     from transmamba.scoring import evaluate as score
@@ -130,7 +130,7 @@ def evaluate(
 
     def run() -> None:
         folder, changes = run_dir if out is None else out, overrides or []
-        names = tasks.split(",") if tasks else []
+        names = [name.strip() for name in tasks.split(",")] if tasks else []
         if names:
             from transmamba.tasks import check_tasks
 

@@ -16,6 +16,7 @@ EXIT_HANG = 30
 EXIT_RANK_DIED = 31
 EXIT_STORAGE = 40
 EXIT_NO_PROGRESS = 50
+EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to save
 
 MAX_LINES = 20
 _MAX_VALUE = 80

@@ -22,7 +22,7 @@ from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.mixture import Length
 from transmamba.data_pipeline.tokenizer import load_tokenizer
 from transmamba.data_position import data_steps_past, lengths_of
-from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, ConfigError, RunError
+from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, RunError
 from transmamba.generate import complete
 from transmamba.heartbeat import Heartbeat
 from transmamba.heartbeat import start as start_heartbeat
@@ -40,7 +40,6 @@ from transmamba.tracking.wandb_key import mode_line
 from transmamba.transpoint import effective_points
 
 _SLOW_BF16 = "; this CPU has no bf16 units: expect a tenth of the speed of precision=fp32"
-EXIT_INTERRUPTED = 130  # the shell's code for Ctrl-C, while there is nothing to save yet
 
 
 class Outcome:

@@ -2,19 +2,24 @@
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.model.hf_runs import make_run, topics
+from tests.model.hf_runs import SEQ_LEN, make_run, topics
+from tests.unit.data.corpora import write_corpus
 from transmamba.checkpoints_tools.hf_export import export
 from transmamba.compose import load
-from transmamba.data_pipeline.tokenizer import load_tokenizer
+from transmamba.data_pipeline.tokenizer import encode_documents, load_tokenizer
 from transmamba.kernels.documents import Documents
 from transmamba.model.model import Model
+from transmamba.scoring import evaluate
 from transmamba.transpoint import effective_points
 
 TASKS = {
@@ -25,7 +30,7 @@ output_type: loglikelihood_rolling
 validation_split: validation
 doc_to_text: ""
 doc_to_target: "{{{{page}}}}"
-metric_list: [{{metric: bits_per_byte}}]
+metric_list: [{{metric: bits_per_byte}}, {{metric: word_perplexity}}]
 """,
     "choice": """task: choice
 dataset_path: json
@@ -64,18 +69,9 @@ def test_lm_eval_runs_offline_and_agrees_with_the_training_model(kind: str, tmp_
     (tasks / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in TASKS.items():
         (tasks / f"{name}.yaml").write_text(text.format(folder=tasks))
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment = {**offline, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     results = []
     for batch in ("1", "4"):
-        out = tmp_path / f"out{batch}"
-        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", batch]
-        command += ["--model_args", f"pretrained={folder},trust_remote_code=True,dtype=float32"]
-        command += ["--tasks", ",".join(TASKS), "--include_path", str(tasks), "--output_path", str(out)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        (file,) = out.rglob("results_*.json")
-        results.append(json.loads(file.read_text())["results"])
+        results.append(run_harness(tmp_path / f"out{batch}", folder, tasks, ",".join(TASKS), batch))
     assert results[0]["choice"]["acc,none"] == results[1]["choice"]["acc,none"]
     for result in results:
         assert result["bits"]["bits_per_byte,none"] == pytest.approx(bits_per_byte(model, run, pages), rel=1e-5)
@@ -91,3 +87,42 @@ def bits_per_byte(model: Model, run: Path, pages: list[str]) -> float:
             logits = model.predict(ids[:, :-1], points, Documents.whole(1, ids.shape[1] - 1))[:, 0]
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
     return total / math.log(2) / sum(len(page.encode()) for page in pages)
+
+
+@pytest.mark.long
+def test_the_harness_finds_the_bits_of_evaluate_in_the_same_windows(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    run, folder, tasks, n_tokens = tmp_path / "run", tmp_path / "hf", tmp_path / "tasks", 5 * SEQ_LEN
+    make_run(run, "transmamba", 3, f"data.path={tmp_path / 'data'}")
+    export(run, folder, check_tokens=0)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    (document,) = encode_documents(tokenizer, [topics(1)[0]], eod_id=0)
+    sizes = {"shard_tokens": 6000, "block_tokens": 200}
+    write_corpus(tmp_path / "data", [document], dtype="<u2", tokenizer=tokenizer, held_out=[document], **sizes)
+    # The harness predicts every token of a text after a prefix token, `evaluate` all but the first of the document.
+    first, ids = int(document[0]), document[1 : n_tokens + 1].tolist()
+    page = tokenizer.decode(ids)
+    assert tokenizer.encode(page).ids == ids
+    tasks.mkdir()
+    (tasks / "pages.jsonl").write_text(json.dumps({"page": page}) + "\n")
+    (tasks / "bits.yaml").write_text(TASKS["bits"].format(folder=tasks))
+    found = run_harness(tmp_path / "out", folder, tasks, "bits", "4", f",prefix_token_id={first}")["bits"]
+    (score,) = evaluate(run, out=tmp_path / "scored", max_tokens=n_tokens, seq_len=None, progress=False)
+    assert score.n_tokens == n_tokens
+    assert found["bits_per_byte,none"] == pytest.approx(score.bits_per_byte, rel=1e-5)
+    n_words = len(re.split(r"\s+", page))
+    assert math.log(found["word_perplexity,none"]) == pytest.approx(score.loss * n_tokens / n_words, rel=1e-5)
+
+
+def run_harness(out: Path, model: Path, tasks: Path, names: str, batch: str, more: str = "") -> dict[str, Any]:
+    """Results by task, without a network."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tasks / "home")}
+    # A harness that lies beside the environment is found again.
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", batch]
+    command += ["--model_args", f"pretrained={model},trust_remote_code=True,dtype=float32{more}"]
+    command += ["--tasks", names, "--include_path", str(tasks), "--output_path", str(out)]
+    done = subprocess.run(command, cwd=tasks, env=environment | offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = out.rglob("results_*.json")
+    return json.loads(file.read_text())["results"]

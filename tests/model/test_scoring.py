@@ -1,6 +1,5 @@
-"""`transmamba evaluate`: scores against logits taken one document at a time, and tasks made of the held-out text."""
+"""`transmamba evaluate`: scores against logits taken one document at a time."""
 
-import importlib.util
 import json
 import math
 import re
@@ -14,8 +13,7 @@ from typer.testing import CliRunner
 
 from tests.model.hf_runs import N_TOKENS, SEQ_LEN, make_run, topics
 from tests.unit.data.corpora import write_corpus
-from transmamba.checkpoints_tools.hf_export import export, harmless_copy
-from transmamba.checkpoints_tools.hf_format import AUTO_MAP, CODE
+from transmamba.checkpoints_tools.hf_export import export
 from transmamba.cli import app
 from transmamba.compose import load
 from transmamba.data_pipeline.tokenizer import encode_documents, load_tokenizer, token_bytes, train_tokenizer
@@ -23,7 +21,6 @@ from transmamba.errors import ConfigError
 from transmamba.kernels.documents import Documents
 from transmamba.model.model import Model
 from transmamba.scoring import evaluate, position_bins, score_lines
-from transmamba.tasks import LOCAL_TASKS, run_tasks, write_local_tasks
 from transmamba.transpoint import effective_points
 
 
@@ -156,91 +153,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_one_without_any(tmp_path
     assert "it has no checkpoint" in result.output
 
 
-def test_a_missing_harness_is_said_before_anything_is_scored(
-    scored: tuple[Path, Model, list[list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "lm_eval" else found(name))
-    command = ["evaluate", str(scored[0]), "--tasks", "heldout_bits", "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 2
-    assert "the harness lm_eval is not installed" in result.output
-    assert not (tmp_path / "out").exists()
-
-
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.yaml"):
         evaluate(tmp_path / "nothing", out=tmp_path / "out", max_tokens=0, seq_len=None, progress=False)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.long
-def test_the_harness_runs_tasks_of_the_validation_text(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
-    run = _run_with_long_validation(tmp_path)
-    results = run_tasks(run, tasks=list(LOCAL_TASKS), include=None, out=tmp_path / "out", limit=4)
-    assert 0 <= results["heldout_choice"]["acc,none"] <= 1
-    assert 1 < results["heldout_bits"]["bits_per_byte,none"] < 20
-    assert json.loads((tmp_path / "out" / "tasks.json").read_text()) == results
-
-
-def test_tasks_are_the_same_each_time_and_hide_the_answer(tmp_path: Path) -> None:
-    run = _run_with_long_validation(tmp_path)
-    found = []
-    for name in ("one", "two"):
-        folder = tmp_path / name
-        folder.mkdir()
-        write_local_tasks(run, folder, 4)
-        found.append({path.name: path.read_text().replace(str(folder), "") for path in folder.iterdir()})
-    assert found[0] == found[1]
-    rows = [json.loads(line) for line in (tmp_path / "one" / "heldout_choice.jsonl").read_text().splitlines()]
-    texts = [text for text in topics(40) if len(text) >= 260]
-    assert len(rows) == 4
-    assert len({row["gold"] for row in rows}) > 1
-    for row in rows:
-        (whole,) = [text for text in texts if text.startswith(row["query"])]
-        assert [whole[200:260] == choice for choice in row["choices"]] == [i == row["gold"] for i in range(4)]
-
-
-def test_a_missing_harness_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[eval\]'"):
-        run_tasks(tmp_path, tasks=["heldout_bits"], include=None, out=tmp_path / "out", limit=4)
-    assert not (tmp_path / "out").exists()
-
-
-def _run_with_long_validation(root: Path) -> Path:
-    run = root / "run"
-    make_run(run, "transmamba", 3, f"data.path={root / 'data'}")
-    tokenizer = load_tokenizer(run / "tokenizer.json")
-    texts = [text for text in topics(40) if len(text) >= 260]
-    documents = encode_documents(tokenizer, texts, eod_id=0)
-    write_corpus(
-        root / "data",
-        documents,
-        shard_tokens=6000,
-        block_tokens=200,
-        dtype="<u2",
-        tokenizer=tokenizer,
-        held_out=documents,
-    )
-    return run
-
-
-@pytest.mark.parametrize("map_of", ["config.json", "tokenizer_config.json"])
-def test_a_model_folder_brings_no_code_of_its_own(map_of: str, tmp_path: Path) -> None:
-    given = tmp_path / "given"
-    given.mkdir()
-    for name in ("modeling_transmamba.py", "evil.py"):
-        (given / name).write_text("raise SystemExit")
-    (given / "pytorch_model.bin").write_bytes(b"pickle")
-    (given / "config.json").write_text(json.dumps({"auto_map": AUTO_MAP}))
-    (given / "tokenizer_config.json").write_text("{}")
-    assert harmless_copy(given, tmp_path / "ours")
-    held = {path.name for path in (tmp_path / "ours").iterdir()}
-    assert held == {"config.json", "tokenizer_config.json", *CODE}
-    assert "SystemExit" not in (tmp_path / "ours" / "modeling_transmamba.py").read_text()
-    # A map that leads elsewhere, to another repository for instance, is not trusted.
-    (given / map_of).write_text(json.dumps({"auto_map": {"AutoConfig": "someone/else--evil.Config"}}))
-    assert not harmless_copy(given, tmp_path / "foreign")
-    assert not list((tmp_path / "foreign").glob("*.py"))

@@ -3,8 +3,10 @@
 from importlib.metadata import version
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from transmamba.answer import answer
 from transmamba.cli import app
 
 
@@ -32,3 +34,12 @@ def test_training_is_named_where_it_is_not(arguments: list[str]) -> None:
     (line,) = done.output.splitlines()
     assert line.startswith("transmamba: error: train: ")
     assert line.endswith(f"Fix: type {' '.join(['python -m transmamba.train', *arguments])}.")
+
+
+def test_ctrl_c_is_a_line_and_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended:
+        answer(interrupt)
+    assert (ended.value.exit_code, capsys.readouterr().err) == (130, "transmamba: interrupted\n")
