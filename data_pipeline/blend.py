@@ -88,7 +88,7 @@ def whole_units(weights: Mapping[str, float], key: str = "data.blend") -> dict[s
     divisor = math.gcd(*units.values())
     units = {name: count // divisor for name, count in units.items()}
     if sum(units.values()) > MAX_PERIOD:
-        near = {name: max(round(float(share / total), 3), 0.001) for name, share in shares.items()}
+        near = {name: max(round(float(share / total), 3), 0.001) if share else 0 for name, share in shares.items()}
         problem = f"weights {dict(weights)} repeat only after {sum(units.values())} samples"
         raise DataError(key, problem, f"use weights with fewer digits, for example {near}")
     return units

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, load_manifest
 from transmamba.data_pipeline.records import load_record, save_record
+from transmamba.data_pipeline.remote import shown_url
 from transmamba.data_pipeline.sources import SourceFile, is_url
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ DEFINITION_NAME = "definition.json"
 # The merges of a few thousand tokens settle long before this much text; those of larger vocabularies need more.
 SAMPLE_CHARS = 6_000_000
 SAMPLE_CHARS_PER_ENTRY = 1000
+_SHOWN_FILES = 3
 _OPTIONS = ("field", "eod_token", "validation_share", "dedup", "shard_tokens", "block_tokens", "seed")
 # Members that a digest stands for, or that are no option.
 _IN_WORDS = {
@@ -58,6 +60,27 @@ def identities(files: Sequence[SourceFile]) -> list[list[object]]:
     return [
         [file.place if is_url(file.place) else os.path.abspath(file.place), file.n_bytes, file.stamp] for file in files
     ]
+
+
+def names_of(files: Sequence[SourceFile]) -> list[list[str]]:
+    """Files as they may be written down and shown, each with what changes when it does."""
+    return [[_shown(str(place)), f"{n_bytes} {stamp}"] for place, n_bytes, stamp in identities(files)]
+
+
+def changes_in_words(before: list[list[str]], now: list[list[str]]) -> str:
+    """Which files are gone, new or changed: the first of each.
+
+    Args:
+        before, now: as `names_of`.
+    """
+    earlier, later = dict(before), dict(now)
+    kinds = {
+        "gone": [name for name in earlier if name not in later],
+        "new": [name for name in later if name not in earlier],
+        "changed": [name for name in later if earlier.get(name, later[name]) != later[name]],
+    }
+    words = [f"{kind}: {_first(names)}" for kind, names in kinds.items() if names]
+    return "; ".join(words) or "the same in another order, or by other URLs"
 
 
 def save_definition(definition: dict[str, Any], folder: Path) -> None:
@@ -98,6 +121,16 @@ def _difference(there: object, asked: dict[str, Any]) -> str:
         if there[name] != value and not (name == "vocab_size" and there["tokenizer"] != asked["tokenizer"])
     ]
     return f"made {', '.join(words)}"
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN_FILES:,} more" if len(names) > _SHOWN_FILES else ""
+    return ", ".join(names[:_SHOWN_FILES]) + more
+
+
+def _shown(place: str) -> str:
+    """Without a credential, and a file name that is not UTF-8 by its bytes."""
+    return os.fsencode(shown_url(place)).decode("utf-8", "backslashreplace")
 
 
 def _digest(text: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from transmamba.data_pipeline.blocks import map_rows, rows_digest
 from transmamba.data_pipeline.errors import DataError
@@ -20,6 +21,8 @@ from transmamba.data_pipeline.manifest import SPLITS, LengthBin, Shard, Split, c
 from transmamba.data_pipeline.parts import Part, Reading
 from transmamba.data_pipeline.records import load_record, save_bytes, save_record
 from transmamba.data_pipeline.shards import ShardWriter, Written, join_parts
+from transmamba.data_pipeline.spelling import Spelling
+from transmamba.data_pipeline.survey import DIGEST_BYTES, surveyed_digests
 from transmamba.data_pipeline.tokenizer import BATCH_CHARS, batches, encode_documents, load_tokenizer
 from transmamba.data_pipeline.workers import Advance
 
@@ -52,6 +55,7 @@ class _Piece:
     split: str
     name: str
     text: str
+    data: bytes
 
 
 def encode_part(
@@ -70,9 +74,9 @@ def encode_part(
 
     Raises:
         DataError: as `Reading.documents`, or the text is not what the first pass read, or a document has the
-            end-of-document token in it.
+            end-of-document token in it or does not come back from its tokens.
     """
-    tokenizer = _tokenizer(folder, recipe.tokenizer_sha256)
+    tokenizer, spelling = _tokenizer(folder, recipe.tokenizer_sha256)
     sizes = {"shard_tokens": recipe.shard_tokens, "block_tokens": recipe.block_tokens}
     writers: dict[str, ShardWriter] = {
         split: ShardWriter(
@@ -82,20 +86,24 @@ def encode_part(
     }
     n_text_bytes: dict[str, int] = dict.fromkeys(SPLITS, 0)
     gzip, n_gzip_bytes, n_bytes = zlib.compressobj(level=9, wbits=31), 0, 0
+    n_changed = 0
     reading = Reading(part, recipe.field)
-    texts = _split(number, reading, left_out, n_expected, recipe)
+    texts = _split(number, reading, left_out, n_expected, surveyed_digests(number, folder), recipe)
     for batch in batches(texts, BATCH_CHARS, size=lambda piece: len(piece.text)):
         encoded = encode_documents(tokenizer, [piece.text for piece in batch], eod_id=recipe.eod_id)
         for piece, tokens in zip(batch, encoded, strict=True):
             _add(writers[piece.split], piece.name, tokens)
-            data = piece.text.encode("utf-8")
-            n_text_bytes[piece.split] += len(data)
+            n_changed += not spelling.is_kept(tokens, piece.data, name=piece.name)
+            n_text_bytes[piece.split] += len(piece.data)
             if piece.split == "validation":
-                n_gzip_bytes += len(gzip.compress(data))
+                n_gzip_bytes += len(gzip.compress(piece.data))
         advance(reading.n_bytes - n_bytes, sum(map(len, encoded)))
         n_bytes = reading.n_bytes
     n_gzip_bytes += len(gzip.flush())
-    record: dict[str, Any] = {"n_gzip_bytes": n_gzip_bytes if n_text_bytes["validation"] else 0}
+    record: dict[str, Any] = {
+        "n_gzip_bytes": n_gzip_bytes if n_text_bytes["validation"] else 0,
+        "n_changed": n_changed,
+    }
     for split, writer in writers.items():
         written = writer.finish()
         save_bytes(_rows_path(folder, number, split), written.rows.tobytes())
@@ -138,6 +146,12 @@ def join_splits(folder: Path, n_parts: int) -> dict[str, Split]:
     return splits
 
 
+def count_changed(folder: Path, n_parts: int) -> int:
+    """Documents of encoded parts whose tokens spell other, equivalent characters; see `Spelling.is_kept`."""
+    # Parts that an older program encoded have no count.
+    return sum(load_record(_record_path(folder, i)).get("n_changed", 0) for i in range(n_parts))
+
+
 def undo_join(folder: Path, n_parts: int) -> None:
     """Give shards that already had their final names when a run was interrupted those of their parts again."""
     shards = folder / SHARDS
@@ -151,32 +165,38 @@ def undo_join(folder: Path, n_parts: int) -> None:
                 final.rename(shards / name)
 
 
-def source_changed() -> DataError:
+def source_changed(name: str = "sources") -> DataError:
     """What is raised when the second pass reads something else than the first."""
-    return DataError("sources", "the text changed while it was read", "run it again")
+    return DataError(name, "the text changed while it was read", "run it again")
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: Path, sha256: str) -> Tokenizer:
+def _tokenizer(folder: Path, sha256: str) -> tuple[Tokenizer, Spelling]:
     path = folder / TOKENIZER_NAME
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise DataError(str(path), "was changed while it was used", "run it again")
-    return load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    return tokenizer, Spelling(tokenizer)
 
 
-def _split(number: int, reading: Reading, left_out: np.ndarray, n_expected: int, recipe: Recipe) -> Iterator[_Piece]:
+def _split(
+    number: int, reading: Reading, left_out: np.ndarray, n_expected: int, digests: bytes, recipe: Recipe
+) -> Iterator[_Piece]:
     skipped = set(left_out.tolist())
     cut = recipe.holdout.cut
     n_documents = 0
     for i, document in enumerate(reading.documents()):
         n_documents += 1
+        data = document.text.encode("utf-8")
+        if xxhash.xxh3_128_digest(data) != digests[DIGEST_BYTES * i : DIGEST_BYTES * (i + 1)]:
+            raise source_changed(f"{document.name} or one before it")
         if cut and (number, i) == (cut.part, cut.document):
-            yield _Piece("train", document.name, document.text[: cut.at])
-            yield _Piece("validation", document.name, document.text[cut.at :])
+            start, end = document.text[: cut.at], document.text[cut.at :]
+            yield _Piece("train", document.name, start, start.encode("utf-8"))
+            yield _Piece("validation", document.name, end, end.encode("utf-8"))
         elif i not in skipped:
-            fraction = text_fraction(document.text.encode("utf-8"), recipe.seed)
-            split = "validation" if fraction < recipe.holdout.threshold else "train"
-            yield _Piece(split, document.name, document.text)
+            split = "validation" if text_fraction(data, recipe.seed) < recipe.holdout.threshold else "train"
+            yield _Piece(split, document.name, document.text, data)
     if n_documents != n_expected:
         raise source_changed()
 

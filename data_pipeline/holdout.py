@@ -10,6 +10,9 @@ from transmamba.data_pipeline.errors import DataError
 
 # A hash split that holds out less than this part of the share asked for is too uneven to use.
 _LEAST_PART = 0.25
+# And one that holds out more than half of the text, or with a large share more than this many times the share.
+_MOST_PART = 1.5
+LARGEST_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ def text_fraction(text: bytes, seed: int) -> float:
 
 def is_even_enough(*, share: float, n_held_out_bytes: int, n_text_bytes: int) -> bool:
     """Whether a split by hash holds out about what was asked for; few or very uneven documents cannot be split so."""
-    return _LEAST_PART * share * n_text_bytes <= n_held_out_bytes <= n_text_bytes / 2 and n_held_out_bytes > 0
+    most = max(0.5, _MOST_PART * share) * n_text_bytes
+    return _LEAST_PART * share * n_text_bytes <= n_held_out_bytes <= most and n_held_out_bytes > 0
 
 
 def cut_position(text: str, *, wanted_share: float) -> int:

@@ -137,8 +137,8 @@ def import_megatron(
         progress: show progress on stderr.
 
     Raises:
-        DataError: a file is missing, damaged or of another tokenizer, nothing is held out, or the target has
-            files.
+        DataError: a file is missing, damaged or of another tokenizer, nothing is held out or what is trained on, or
+            the target has files.
     """
     check_target(out, keep=not replace)
     if not 0 < validation_share < 1:
@@ -146,7 +146,7 @@ def import_megatron(
     vocabulary = load_tokenizer(tokenizer)
     target = _Target(vocabulary, eod_token, shard_tokens, block_tokens)
     train = _Reader(prefix, target)
-    held_out = None if validation is None else _Reader(validation, target)
+    held_out = None if validation is None else _other_reader(validation, prefix, target)
     counts = Imported()
     with publish_folder(out, replace=True) as folder:
         vocabulary.save(str(folder / TOKENIZER_NAME))
@@ -251,6 +251,15 @@ class _Reader:
             counts.n_cut += len(ends) > 1
             counts.n_written += len(ends)
             yield from np.split(tokens, ends[:-1])
+
+
+def _other_reader(validation: Path, prefix: Path, target: _Target) -> _Reader:
+    """Of documents that are not those of `prefix`, which exist."""
+    reader = _Reader(validation, target)
+    if Path(f"{validation}.bin").samefile(f"{prefix}.bin"):
+        fix = "give the PREFIX of other documents, or leave --validation out to hold out a share of these"
+        raise DataError("--validation", f"{validation} is what is trained on", fix)
+    return reader
 
 
 def _open(prefix: Path) -> IndexedDataset:

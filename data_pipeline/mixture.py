@@ -19,8 +19,8 @@ from transmamba.data_pipeline.stream import Stream, Windows
 from transmamba.data_pipeline.tokens import Places
 
 # Positions that are looked up at once, at least and at most: a permutation costs about as much for one as for
-# hundreds, but an epoch of few windows needs one of its own.
-_LEAST_CHUNK, _MOST_CHUNK = 16, 16384
+# hundreds, but every epoch needs one of its own, so a chunk passes over no source more than about so many times.
+_LEAST_CHUNK, _MOST_CHUNK, _MOST_EPOCHS = 16, 16384, 16
 
 
 class Length(NamedTuple):
@@ -78,8 +78,8 @@ class Mixture:
         self._list = list(self.streams.values())
         self.seq_len = self._list[0].seq_len
         self.eod_id = self._list[0].store.eod_id
-        n_windows = sum(stream.n_windows for stream in self._list)
-        self._chunk = min(max(n_windows, _LEAST_CHUNK), _MOST_CHUNK)
+        fewest = min(stream.n_windows for stream in self._list)
+        self._chunk = min(max(_MOST_EPOCHS * fewest, _LEAST_CHUNK), _MOST_CHUNK)
         self._lookups: dict[int, _Lookup] = {}
         self._dtype = np.result_type(*(stream.store.dtype for stream in self._list))
         # What the blend counts from sample 0 on lies so much further in a source's order.

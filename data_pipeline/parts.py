@@ -144,10 +144,10 @@ class Reading:
         with open_source(piece.file) as (content, _):
             try:
                 # Buffered: a column is not read at once. The workers share the cores among themselves.
-                table = parquet.ParquetFile(content, buffer_size=1 << 20)
+                table = parquet.ParquetFile(content, buffer_size=1 << 20, page_checksum_verification=True)
                 _check_column(table.schema_arrow, self._field, name)
                 batches = table.iter_batches(_ROWS_AT_ONCE, columns=[self._field], use_threads=False)
-                for values in (batch.column(0) for batch in batches):
+                for values in (batch.column(self._field) for batch in batches):
                     for value in values:
                         n_rows += 1
                         yield Document(f"{name} row {n_rows}", _text_of_row(value, f"{name} row {n_rows}"))
@@ -181,6 +181,8 @@ def _check_column(schema: Any, field: str, name: str) -> None:
     if field not in schema.names:
         problem = f"no column {field!r} (columns found: {', '.join(sorted(schema.names)) or 'none'})"
         raise DataError(name, problem, "name the text column with --field")
+    if (n_columns := schema.names.count(field)) > 1:
+        raise DataError(name, f"column {field!r} is there {n_columns} times", "write it with one of them")
     kind = schema.field(field).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):

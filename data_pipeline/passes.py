@@ -15,17 +15,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transmamba.data_pipeline.definition import SAMPLE_CHARS, SAMPLE_CHARS_PER_ENTRY, definition_of, identities
+from transmamba.data_pipeline.definition import (
+    SAMPLE_CHARS,
+    SAMPLE_CHARS_PER_ENTRY,
+    changes_in_words,
+    definition_of,
+    identities,
+    names_of,
+)
 from transmamba.data_pipeline.encoding import (
     SHARDS,
     TOKENIZER_NAME,
     Recipe,
+    count_changed,
     encode_part,
     is_encoded,
     join_splits,
     source_changed,
     undo_join,
 )
+from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.manifest import Manifest
 from transmamba.data_pipeline.parts import Part
 from transmamba.data_pipeline.progress import show_step
@@ -40,7 +49,7 @@ from transmamba.data_pipeline.tokenizer import (
     train_tokenizer,
     vocab_size_of,
 )
-from transmamba.data_pipeline.work import begin
+from transmamba.data_pipeline.work import begin, differences, files_before, has_finished_work
 from transmamba.data_pipeline.workers import Advance, Workers, start_workers
 
 if TYPE_CHECKING:
@@ -73,12 +82,16 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Files, the parts they are cut into, and what to call them; a small one is not worth a worker."""
+    """Files, the parts they are cut into, and what to call them; a small one is not worth a worker.
+
+    `skipped` tells of files of other kinds beside them.
+    """
 
     files: tuple[SourceFile, ...]
     parts: list[Part]
     description: str
     is_small: bool
+    skipped: str = ""
 
     @property
     def n_bytes(self) -> int:
@@ -111,17 +124,36 @@ def make_shards(work: Path, found: Input, given: Tokenizer | None, options: Opti
         with _bar("reading text", found, numbers, options) as advance:
             workers.run(survey_part, calls, advance)
         survey = join_surveys(found.parts, question, work, drop_duplicates=options.dedup)
+        if survey.holdout.cut and options.progress:
+            print("few or uneven documents: the end of the longest is held out", file=sys.stderr)
         tokenizer = _tokenizer(work, found, question, survey, given, options)
         _encode(work, found, survey, tokenizer, options, workers)
     return _manifest(work, found, survey, tokenizer, options)
 
 
+def refuse_other_sources(work: Path, found: Input, given: Tokenizer | None, options: Options) -> None:
+    """Keep what an interrupted run has finished where the sources are no longer what they were to it.
+
+    A file system that is not mounted looks just like that.
+
+    Raises:
+        DataError: there is such work; the line names the first files that are gone, new or changed.
+    """
+    plan = definition_of(identities(found.files), given, options)
+    if "sources" in differences(work, plan) and has_finished_work(work):
+        words = changes_in_words(files_before(work), names_of(found.files))
+        problem = f"was begun with other files ({words})"
+        raise DataError(str(options.out), problem, "put them back, or give --replace to begin anew")
+
+
 def _take_over(work: Path, found: Input, given: Tokenizer | None, options: Options) -> None:
     """Clear the work folder unless it was made by the same program from the same input with the same options."""
     plan = definition_of(identities(found.files), given, options)
-    changed = begin(work, plan, keep={file.place for file in found.files})
+    changed = begin(work, plan, files=names_of(found.files), keep={file.place for file in found.files})
     (work / SHARDS).mkdir(exist_ok=True)
     undo_join(work, len(found.parts))
+    if found.skipped and options.progress:
+        print(f"left out, as files of other kinds: {found.skipped}", file=sys.stderr)
     n_done = sum(is_encoded(i, work) for i in range(len(found.parts)))
     if changed and options.progress:
         print(f"starting anew, because of other {', '.join(changed)} than before", file=sys.stderr)
@@ -168,6 +200,8 @@ def _manifest(work: Path, found: Input, survey: Survey, tokenizer: Tokenizer, op
     save_bytes(work / SHARDS / TOKENIZER_NAME, (work / TOKENIZER_NAME).read_bytes())
     notes = {"duplicate": survey.n_duplicates, "empty": survey.n_empty}
     left_out = [f", {n:,} {kind} documents left out" for kind, n in notes.items() if n]
+    if n_changed := count_changed(work, len(found.parts)):
+        left_out.append(f", {n_changed:,} documents changed by the tokenizer's normaliser")
     return Manifest(
         tokenizer_file=TOKENIZER_NAME,
         tokenizer_sha256=_digest(work / TOKENIZER_NAME),

@@ -28,6 +28,7 @@ from transmamba.data_pipeline.definition import (
 from transmamba.data_pipeline.docstrings import MAX_CHARS, MIN_CHARS, MIN_SHARE, read_installed_docstrings
 from transmamba.data_pipeline.encoding import SHARDS
 from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.listing import find_files
 from transmamba.data_pipeline.manifest import FORMAT_VERSION, SPLITS, Manifest, load_manifest, save_manifest
 from transmamba.data_pipeline.parts import LEAST_PART_BYTES, cut_parts, part_size
 from transmamba.data_pipeline.passes import (
@@ -38,19 +39,20 @@ from transmamba.data_pipeline.passes import (
     Input,
     Options,
     make_shards,
+    refuse_other_sources,
 )
 from transmamba.data_pipeline.progress import show_step
 from transmamba.data_pipeline.publish import check_target, move_into_place, remove_folder, settle_replacement
 from transmamba.data_pipeline.records import save_bytes
 from transmamba.data_pipeline.remote import shown_url
 from transmamba.data_pipeline.shards import BLOCK_TOKENS
-from transmamba.data_pipeline.sources import JSON_LINES, SourceFile, UnreadableSource, find_files
+from transmamba.data_pipeline.sources import JSON_LINES, SourceFile, UnreadableSource
+from transmamba.data_pipeline.spelling import check_reversible
 from transmamba.data_pipeline.tokenizer import (
     END_OF_TEXT,
     check_vocab_size,
     end_of_text_id,
     load_tokenizer,
-    token_bytes,
 )
 from transmamba.data_pipeline.work import hold_work_folder, leave_work_folder, remove_work_folder
 
@@ -91,18 +93,18 @@ def prepare(
         vocab_size: entries of the byte-level BPE to train, >= 257.
         tokenizer: tokenizer.json to use instead of training one.
         eod_token: special token that ends a document.
-        validation_share: part of the text to hold out, 0 to 1; whole documents, chosen by hash.
+        validation_share: part of the text to hold out, 0 to 0.5; whole documents, chosen by hash.
         dedup: leave out documents that are the same as an earlier one.
         shard_tokens: most tokens in a shard.
         block_tokens: tokens in a block, the unit that is verified; 1024 to 16,777,216.
         seed: of the validation split.
         workers: processes; None is one per core.
         progress: show progress on stderr.
-        replace: make it anew, in place of data that are there, whatever they were made from.
+        replace: make it anew, in place of data that are there or begun, whatever they were made from.
 
     Raises:
         DataError: nothing to read, unreadable input, an option out of range, or a target with other files, or with
-            data made from something else.
+            data made from something else, or begun with files that are no longer the same.
         WorkerDied: a worker was killed; the same call goes on.
         OSError: the disk is full or broken; the same call goes on.
     """
@@ -202,7 +204,7 @@ def build(options: Options, *, replace: bool = False) -> bool:
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     if given:
         # Refused now rather than after all text was encoded.
-        token_bytes(given)
+        check_reversible(given)
         end_of_text_id(given, options.eod_token)
     found = None if options.sources is None else _find_input(options, options.sources)
     sources = identities(found.files) if found else ["installed docstrings", _environment_digest()]
@@ -220,6 +222,8 @@ def build(options: Options, *, replace: bool = False) -> bool:
         if is_there:
             remove_work_folder(work)
         else:
+            if found and not replace:
+                refuse_other_sources(work, found, given, options)
             _make(options, given, found, definition, work)
     return not is_there
 
@@ -250,7 +254,7 @@ def _find_input(options: Options, sources: list[str]) -> Input:
     if found.n_skipped:
         description += f" ({found.n_skipped} files of other kinds skipped)"
     parts = cut_parts(found.files, part_size(n_bytes, options.shard_tokens))
-    return Input(found.files, parts, description, n_bytes <= LEAST_PART_BYTES)
+    return Input(found.files, parts, description, n_bytes <= LEAST_PART_BYTES, found.skipped_words())
 
 
 def _write_docstrings(work: Path, options: Options) -> Input:

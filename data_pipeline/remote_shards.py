@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from transmamba.data_pipeline.blocks import block_digest, blocks_name, map_rows, rows_digest
-from transmamba.data_pipeline.crew import Crew
+from transmamba.data_pipeline.crew import Crew, Transfer
 from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.manifest import MANIFEST_NAME, Manifest, Shard, Split, read_manifest
 from transmamba.data_pipeline.remote import Patience, RemoteFolder, file_fault, is_disk_full
@@ -34,19 +34,23 @@ _BLOCK_EXTRA = 8 * _TAR_BLOCK
 _UPLOAD = "upload the folder again"
 
 
-def open_remote(url: str, cache: Cache, patience: Patience | None = None) -> tuple[Manifest, RemoteFiles]:
+def open_remote(
+    url: str, cache: Cache, patience: Patience | None = None, *, is_known: bool = False
+) -> tuple[Manifest, RemoteFiles]:
     """Open a prepared folder behind a URL: reads its manifest, and what lies beside it once per cache.
 
     Args:
         url: for fsspec.
         cache: for everything that is fetched.
         patience: with errors of the network.
+        is_known: whether it has answered in another process.
 
     Raises:
         DataError: it cannot be reached, is not there or is unusable, or the cache cannot be written.
+        Unreachable: it cannot be reached, but has answered before.
         DamagedData: what is there does not match its digests.
     """
-    remote = RemoteFolder(url, patience or Patience())
+    remote = RemoteFolder(url, patience or Patience(), is_known=is_known)
 
     def opened() -> Manifest:
         body = remote.read(MANIFEST_NAME)
@@ -64,10 +68,11 @@ def open_remote(url: str, cache: Cache, patience: Patience | None = None) -> tup
             return read_manifest(folder / MANIFEST_NAME)
 
     try:
-        manifest = remote.attempt(MANIFEST_NAME, opened)
+        manifest = remote.endure(MANIFEST_NAME, lambda: remote.attempt(MANIFEST_NAME, opened))
     except OSError as error:
         fix = "make room, or set data.cache_dir to another disk"
         raise DataError(str(cache.folder), f"cannot be written ({error.strerror})", fix) from error
+    remote.answered()
     return manifest, RemoteFiles(remote, manifest, cache)
 
 
@@ -76,6 +81,19 @@ def bytes_at_a_time(manifest: Manifest, shuffle_shards: int | str) -> int:
     allowed = _block_bytes(manifest)
     sizes = sorted((shard.n_bytes + allowed for shard in manifest.splits["train"].shards), reverse=True)
     return sum(sizes if shuffle_shards == "all" else sizes[: 2 * int(shuffle_shards)])
+
+
+def bytes_in_order(manifest: Manifest, n_tokens: int) -> int:
+    """Most bytes of validation shards that a cache must hold: those with `n_tokens` in a row, and the one after them.
+
+    See `Stream.sequential`.
+    """
+    allowed, shards = _block_bytes(manifest), manifest.splits["validation"].shards
+    first_bytes = np.cumsum([0, *(shard.n_bytes + allowed for shard in shards)])
+    ends = np.cumsum([shard.n_tokens for shard in shards])
+    # The reading that reaches furthest from a shard begins with its last token.
+    last = np.searchsorted(ends, ends - 2 + n_tokens, side="right")
+    return int(max(first_bytes[np.minimum(last + 1, len(shards) - 1) + 1] - first_bytes[:-1]))
 
 
 class RemoteFiles:
@@ -110,9 +128,9 @@ class RemoteFiles:
         is_head = n_head < shard.n_bytes and not (self._is_whole(shard) and self._cache.counts(owner, key))
         self._cache.keep(owner, key, 0 if is_head else self._size(shard))
         if is_head:
-            return self._head(shard, n_head)
+            return self._remote.endure(shard.name, lambda: self._head(shard, n_head))
         while not self._is_whole(shard):
-            self._crew().wait_for(shard)
+            self._remote.endure(shard.name, lambda: self._crew().wait_for(shard, self._remote.on_wait))
         path = self._folder / shard.name
         os.utime(path)
         return path
@@ -140,17 +158,28 @@ class RemoteFiles:
                 if path.exists() and file_fault(path, n_bytes=shard.n_bytes, sha256=shard.sha256):
                     path.unlink()
 
-    def _fetch(self, shard: Shard, urgent: bool, on_bytes: Callable[[int], None]) -> bool:
+    def rest(self) -> None:
+        """Fetch nothing more in the background, and wait for the end of what is on its way."""
+        self._crew().rest()
+
+    def call_on_wait(self, on_wait: Callable[[], None]) -> None:
+        """Have something called about once a second while a reader waits for shards and knows for which."""
+        self._remote.on_wait = on_wait
+
+    def _fetch(self, shard: Shard, urgent: bool, transfer: Transfer) -> bool:
         """Make a copy of a shard unless somebody has; False if there is no room for one that is not urgent."""
         path = self._folder / shard.name
 
         def copied() -> None:
-            self._remote.copy(shard.name, part, on_bytes)
+            transfer.add(0)
+            self._remote.copy(shard.name, part, transfer.add)
+            with part.open("rb") as file:
+                self._remote.refuse_page(shard.name, file.read(_TAR_BLOCK))
             fault = file_fault(part, n_bytes=shard.n_bytes, sha256=shard.sha256)
             if fault:
                 raise DamagedData(f"{self._remote.shown}/{shard.name}", fault, _UPLOAD)
 
-        with self._cache.locked(lock_name(self._folder.name, shard.name)):
+        with self._cache.locked(lock_name(self._folder.name, shard.name), transfer.stir):
             if self._is_whole(shard):
                 return True
             path.unlink(missing_ok=True)
@@ -158,7 +187,7 @@ class RemoteFiles:
             if not self._cache.reserve(part, shard.n_bytes, urgent=urgent):
                 return False
             with self._arriving(part, path, shard.n_bytes):
-                self._remote.attempt(shard.name, copied)
+                self._remote.attempt(shard.name, copied, quietly=True)
             path.with_name(path.name + HEAD_SUFFIX).unlink(missing_ok=True)
         return True
 
@@ -173,13 +202,15 @@ class RemoteFiles:
         path = self._folder / f"{shard.name}{HEAD_SUFFIX}"
 
         def written() -> None:
+            self._remote.on_wait()
             data = self._first_bytes(shard, n_bytes)
+            self._remote.refuse_page(shard.name, data[:_TAR_BLOCK].tobytes())
             fault = self._head_fault(shard, data, n_bytes)
             if fault:
                 raise DamagedData(f"{self._remote.shown}/{shard.name}", fault, _UPLOAD)
             part.write_bytes(data.data)
 
-        with self._cache.locked(lock_name(self._folder.name, shard.name)):
+        with self._cache.locked(lock_name(self._folder.name, shard.name), self._remote.on_wait):
             if (_size_of(path) or 0) >= n_bytes:
                 os.utime(path)
                 return path
@@ -302,6 +333,7 @@ def _is_complete(folder: Path, body: bytes) -> bool:
 
 def _fetch_description(remote: RemoteFolder, body: bytes, scratch: Path) -> list[str]:
     """Fetch tokenizer and tables of a manifest into a folder and compare them; the names, the manifest last."""
+    remote.refuse_page(MANIFEST_NAME, body)
     (scratch / MANIFEST_NAME).write_bytes(body)
     try:
         tokenizer = Path(json.loads(body)["tokenizer_file"]).name
@@ -326,6 +358,7 @@ def _fetch_beside(remote: RemoteFolder, name: str, scratch: Path) -> None:
         body = remote.read(name)
     except FileNotFoundError as error:
         raise DataError(f"{remote.shown}/{name}", "missing beside the manifest", _UPLOAD) from error
+    remote.refuse_page(name, body)
     (scratch / name).write_bytes(body)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.progress import show_step
-from transmamba.data_pipeline.remote import Patience
+from transmamba.data_pipeline.remote import NotThere, Patience
 from transmamba.data_pipeline.remote_shards import open_remote
 from transmamba.data_pipeline.shard_cache import Cache
 from transmamba.data_pipeline.verify import Fault, Verified
@@ -24,7 +24,7 @@ def verify_remote(url: str, scratch: Path, *, patience: Patience | None = None, 
         progress: show progress on stderr.
 
     Raises:
-        DataError: the folder cannot be reached or is unusable.
+        DataError: the folder or a shard cannot be reached, or the folder is unusable; nothing is known of it then.
         DamagedData: its manifest, its tokenizer or a table does not match its digest.
     """
     manifest, files = open_remote(url, Cache(scratch, 1 << 62), patience)
@@ -37,7 +37,11 @@ def verify_remote(url: str, scratch: Path, *, patience: Patience | None = None, 
                 files.expect([shard], split.shards[i + 1 :][:_N_AHEAD])
                 try:
                     files.path(shard).unlink()
-                except DataError as error:
+                except (DamagedData, NotThere) as error:
                     faults.append(Fault(error.what, error.problem, error.fix))
+                except DataError:
+                    # Whoever removes the scratch folder now must find nobody writing to it.
+                    files.rest()
+                    raise
                 advance(shard.n_bytes)
     return Verified(n_bytes, n_shards, tuple(faults))

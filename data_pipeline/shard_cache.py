@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -32,6 +32,7 @@ SCRATCH_PREFIX = ".new-"
 _PART_SUFFIX = ".part"
 _COPY_SUFFIXES = (".tar", HEAD_SUFFIX)
 _SCRATCH_AGE_S = 3600.0
+_LOOK_EVERY_S = 0.1
 _KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 _GIB = 2**30
 
@@ -79,10 +80,17 @@ class Cache:
         self._leases: dict[int, _Lease] = {}
 
     @contextlib.contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold the lock `name`; the others wait."""
-        with _lock(self._made("locks") / name, wait=True):
-            yield
+    def locked(self, name: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the lock `name`; the others wait, and call `on_wait` meanwhile."""
+        path = self._made("locks") / name
+        while True:
+            with _lock(path, wait=on_wait is None) as is_held:
+                if is_held:
+                    yield
+                    return
+            if on_wait is not None:
+                on_wait()
+                time.sleep(_LOOK_EVERY_S)
 
     def expect(self, owner: object, now: Mapping[str, int], soon: Mapping[str, int]) -> None:
         """Replace what `owner` reads, as sizes in bytes by KEY/NAME; those of `now` stay until it says otherwise.

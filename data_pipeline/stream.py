@@ -22,9 +22,9 @@ class Windows:
     Attributes:
         tokens_BT: int64 [rows, seq_len + 1]; inputs are the first seq_len, targets the last.
         starts: per row the document starts among the inputs, ascending int64; the first is always 0, because
-            a document cut by the window starts anew.
+            a document cut by the window starts anew. Empty documents and padding belong to what is before them.
         weight_BT: bool [rows, seq_len]; false where the input ends a document (its target belongs to the next
-            one) or where the target is padding.
+            one), as it does everywhere in padding.
     """
 
     tokens_BT: np.ndarray
@@ -33,12 +33,14 @@ class Windows:
 
     @classmethod
     def of_tokens(cls, tokens_BT: np.ndarray, eod_id: int) -> Windows:
-        """Windows of these tokens, all of them real; documents end at every `eod_id` and nowhere else."""
+        """Windows of these tokens; documents end at every `eod_id` and nowhere else, padding is more of them."""
         n_rows, seq_len = tokens_BT.shape[0], tokens_BT.shape[1] - 1
         weight_BT = tokens_BT[:, :-1] != eod_id
         # In the flattened rows a document starts behind every end and at every row's begin.
         begins = np.arange(0, (n_rows + 1) * seq_len, seq_len)
-        inner = np.flatnonzero(~weight_BT) + 1
+        ends = np.flatnonzero(~weight_BT)
+        ends = ends[tokens_BT[ends // seq_len, ends % seq_len + 1] != eod_id]
+        inner = ends + 1
         flat = np.concatenate([begins[:-1], inner[inner % seq_len != 0]])
         flat.sort()
         bounds = flat.searchsorted(begins).tolist()
@@ -48,7 +50,9 @@ class Windows:
 
 
 class Stream:
-    """Windows of seq_len + 1 tokens with stride seq_len: every token is a target once per epoch.
+    """Windows of seq_len + 1 tokens with stride seq_len: every token but the first is a target once per epoch.
+
+    The last window is padded with weight 0; a split shorter than one window has none.
 
     Args:
         store: the tokens.
@@ -70,15 +74,15 @@ class Stream:
         self.seed = seed
         self.shuffle_shards = shuffle_shards
         self._n_targets = max(store.n_tokens - 1, 0)
-        self.n_windows = self._n_targets // seq_len
-        self.n_dropped_tokens = self._n_targets - self.n_windows * seq_len
         self.n_sequential_windows = -(-self._n_targets // seq_len)
+        self.n_windows = self._n_windows_of(seq_len)
         # A window belongs to the shard that holds its first token.
         owned = -(-store.shard_first_tokens // seq_len)
         self._first_windows = np.minimum(owned, self.n_windows)
         self._orders: dict[int, EpochOrder] = {}
-        # Positions whose group of shards the store was told of.
+        # Positions whose group of shards the store was told of, or the shards that are read in order.
         self._near = range(0)
+        self._following = range(0)
 
     def rows(self, first: int, count: int) -> Windows:
         """Windows at positions `first` to `first + count` of the endless training order.
@@ -93,7 +97,7 @@ class Stream:
     def window_numbers(self, positions_B: np.ndarray) -> np.ndarray:
         """Numbers of the windows at these positions of the training order; window w starts at w * seq_len.
 
-        Position p is in epoch p // n_windows; the ragged last window is left out of it (`n_dropped_tokens`).
+        Position p is in epoch p // n_windows.
 
         Raises:
             DataError: the split is shorter than one window.
@@ -114,7 +118,7 @@ class Stream:
         return numbers_B
 
     def tokens(self, numbers_B: np.ndarray) -> np.ndarray:
-        """Tokens of whole windows in the stored dtype: [B, seq_len + 1].
+        """Tokens of windows in the stored dtype, the last one's padded: [B, seq_len + 1].
 
         Raises:
             DamagedData: a block does not match its digest.
@@ -122,7 +126,7 @@ class Stream:
         return self.store.gather(self.locate(numbers_B))
 
     def locate(self, numbers_B: np.ndarray) -> Places:
-        """Where whole windows lie."""
+        """Where windows lie."""
         return self.store.locate(numbers_B * self.seq_len, self.seq_len + 1)
 
     def in_windows_of(self, seq_len: int) -> Stream:
@@ -132,18 +136,19 @@ class Stream:
     def position_after(self, position: int, seq_len: int) -> int:
         """Where this order goes on when windows of `seq_len` tokens were read up to `position` of theirs.
 
-        In the same epoch, behind as many of its tokens: the first position that does not lie before them, so no token
-        is counted twice and the epoch ends where it should. At most, a window's worth of tokens is left out.
+        In the same epoch, behind as many of its tokens, padding included: the first position that does not lie before
+        them, so the epoch ends where it should. At most, a window's worth of tokens is left out.
 
         Raises:
             DataError: the split is shorter than one window of `seq_len`.
         """
         if position == 0:
             return 0
-        if self._n_targets < seq_len:
+        n_windows = self._n_windows_of(seq_len)
+        if n_windows == 0:
             problem = f"{self.store.n_tokens} tokens are less than one window of {seq_len + 1}"
             raise DataError("data.seq_len", problem, "use the data that was trained on")
-        epoch, inside = divmod(position, self._n_targets // seq_len)
+        epoch, inside = divmod(position, n_windows)
         return epoch * self.n_windows + min(-(-inside * seq_len // self.seq_len), self.n_windows)
 
     def approach(self, position: int) -> None:
@@ -153,12 +158,13 @@ class Stream:
         epoch, inside = divmod(position, self.n_windows)
         order = self._order_of(epoch)
         group, first, end = order.group_of(inside)
+        self._following = range(0)
         self._near = range(epoch * self.n_windows + first, epoch * self.n_windows + end)
         soon = order.shards_of(group + 1) or self._order_of(epoch + 1).shards_of(0)
         self.store.expect(order.shards_of(group), soon)
 
     def sequential(self, first: int, count: int) -> Windows:
-        """Windows `first` to `first + count` in the order of the text, the last one padded with weight 0.
+        """Windows `first` to `first + count` in the order of the text, also of a split shorter than one.
 
         Raises:
             ValueError: beyond `n_sequential_windows`.
@@ -166,19 +172,20 @@ class Stream:
         """
         if not 0 <= first <= first + count <= self.n_sequential_windows:
             raise ValueError(f"windows {first} to {first + count} are outside 0 to {self.n_sequential_windows}")
-        n_whole = min(first + count, self.n_windows) - first
-        tokens_BT = np.full((count, self.seq_len + 1), self.store.eod_id, dtype=self.store.dtype)
-        if n_whole:
-            tokens_BT[:n_whole] = self.tokens(np.arange(first, first + n_whole))
-        n_real = self.store.n_tokens - self.n_windows * self.seq_len
-        if n_whole < count:
-            tokens_BT[-1, :n_real] = self.store.read(self.store.n_tokens - n_real, self.store.n_tokens)
-        windows = Windows.of_tokens(tokens_BT, self.store.eod_id)
-        if n_whole < count:
-            # Padding is one document's end after another: it has neither starts nor weight.
-            windows.weight_BT[-1, n_real - 1 :] = False
-            windows.starts[-1] = windows.starts[-1][windows.starts[-1] < n_real]
-        return windows
+        self._read_on(first * self.seq_len, min((first + count) * self.seq_len + 1, self.store.n_tokens))
+        return Windows.of_tokens(self.tokens(np.arange(first, first + count)), self.store.eod_id)
+
+    def _n_windows_of(self, seq_len: int) -> int:
+        return -(-self._n_targets // seq_len) if self._n_targets >= seq_len else 0
+
+    def _read_on(self, start: int, stop: int) -> None:
+        """Let the store prepare for tokens in the order of the text and for the shard after them."""
+        if start < stop:
+            first, last = np.searchsorted(self.store.shard_first_tokens, [start, stop - 1], side="right").tolist()
+            now = range(first - 1, last)
+            if now != self._following:
+                self._following, self._near = now, range(0)
+                self.store.expect(now, [last] if last < len(self.store.split.shards) else [])
 
     def _order_of(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:

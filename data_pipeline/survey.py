@@ -10,13 +10,22 @@ import numpy as np
 import xxhash
 
 from transmamba.data_pipeline.errors import DataError
-from transmamba.data_pipeline.holdout import Cut, Holdout, Sample, cut_position, is_even_enough, text_fraction
+from transmamba.data_pipeline.holdout import (
+    LARGEST_SHARE,
+    Cut,
+    Holdout,
+    Sample,
+    cut_position,
+    is_even_enough,
+    text_fraction,
+)
 from transmamba.data_pipeline.parts import Part, Reading
 from transmamba.data_pipeline.records import load_record, save_array, save_record
 from transmamba.data_pipeline.workers import Advance
 
 # One row per document of a part: XXH3-128 of its text, its hash in [0, 1), its bytes of UTF-8.
 ROW = np.dtype([("digest", "V16"), ("fraction", "<f8"), ("n_bytes", "<u8")])
+DIGEST_BYTES = 16
 # Of the texts that could be in the sample, so many times the expected number are kept until all parts are known.
 _SPARE_SAMPLE = 8
 _ADVANCE_CHARS = 1 << 20
@@ -24,13 +33,22 @@ _ADVANCE_CHARS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the first pass is asked; the arguments of `transmamba data prepare` by these names."""
+    """What the first pass is asked; the arguments of `transmamba data prepare` by these names.
+
+    Raises:
+        DataError: `validation_share` is more than half.
+    """
 
     field: str
     seed: int
     validation_share: float
     sample_chars: int
     n_source_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.validation_share > LARGEST_SHARE:
+            problem = f"{self.validation_share} is more than half of the text"
+            raise DataError("validation_share", problem, f"use {LARGEST_SHARE} or less")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +94,11 @@ def survey_part(number: int, part: Part, question: Question, folder: Path, advan
     save_record(_record_path(folder, number), record)
 
 
+def surveyed_digests(number: int, folder: Path) -> bytes:
+    """XXH3-128 of every document of a surveyed part, in order, `DIGEST_BYTES` each."""
+    return np.load(_rows_path(folder, number), allow_pickle=False)["digest"].tobytes()
+
+
 def is_surveyed(number: int, folder: Path) -> bool:
     """Whether an earlier run has finished this part."""
     return _record_path(folder, number).exists()
@@ -84,7 +107,8 @@ def is_surveyed(number: int, folder: Path) -> bool:
 def join_surveys(parts: Sequence[Part], question: Question, folder: Path, *, drop_duplicates: bool) -> Survey:
     """Decide over all parts what is held out and what is left out.
 
-    Few or very uneven documents cannot be split by hash: then the end of the longest one is held out.
+    Few or very uneven documents cannot be split by hash: then the end of the longest one is held out, and copies of
+    it are left out, because they would be trained on.
 
     Raises:
         DataError: there is no document, or too little text to split.
@@ -96,16 +120,20 @@ def join_surveys(parts: Sequence[Part], question: Question, folder: Path, *, dro
         problem = f"no documents found ({n_empty} are empty)"
         raise DataError("sources", problem, "give files with text in them, or name the text field with --field")
     copies = find_copies([table["digest"] for table in tables]) if drop_duplicates else [_nothing() for _ in tables]
-    kept = [np.delete(table, copy) for table, copy in zip(tables, copies, strict=True)]
-    n_text_bytes = sum(int(table["n_bytes"].sum()) for table in kept)
+    kept = _without(tables, copies)
     share = question.validation_share
     n_held_out = sum(int(table["n_bytes"][table["fraction"] < share].sum()) for table in kept)
     holdout = Holdout(share)
-    if not is_even_enough(share=share, n_held_out_bytes=n_held_out, n_text_bytes=n_text_bytes):
-        holdout = Holdout(0.0, _cut_longest(parts, tables, question, n_text_bytes))
+    if not is_even_enough(share=share, n_held_out_bytes=n_held_out, n_text_bytes=_n_text_bytes(kept)):
+        part, document = _longest(tables)
+        copies = _with_copies_of(part, document, tables, copies)
+        kept = _without(tables, copies)
+        wanted_share = share * _n_text_bytes(kept) / int(tables[part]["n_bytes"][document])
+        text = _document(parts[part], question, document)
+        holdout = Holdout(0.0, Cut(part, document, cut_position(text, wanted_share=wanted_share)))
     return Survey(
         n_documents=sum(map(len, kept)),
-        n_text_bytes=n_text_bytes,
+        n_text_bytes=_n_text_bytes(kept),
         n_empty=n_empty,
         n_duplicates=n_all - sum(map(len, kept)),
         duplicates=tuple(copies),
@@ -138,13 +166,29 @@ def training_sample(parts: Sequence[Part], question: Question, holdout: Holdout,
     return sample.texts()
 
 
-def _cut_longest(parts: Sequence[Part], tables: Sequence[np.ndarray], question: Question, n_text_bytes: int) -> Cut:
+def _longest(tables: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Part and number of the first of the longest documents."""
     longest = [int(table["n_bytes"].max(initial=0)) for table in tables]
     part = int(np.argmax(longest))
-    document = int(np.argmax(tables[part]["n_bytes"]))
-    text = _document(parts[part], question, document)
-    at = cut_position(text, wanted_share=question.validation_share * n_text_bytes / longest[part])
-    return Cut(part, document, at)
+    return part, int(np.argmax(tables[part]["n_bytes"]))
+
+
+def _with_copies_of(
+    part: int, document: int, tables: Sequence[np.ndarray], copies: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Numbers of the documents to leave out, and for every part those of all other documents with this one's text."""
+    digest = tables[part]["digest"][document]
+    found = [np.flatnonzero(table["digest"] == digest) for table in tables]
+    found[part] = found[part][found[part] != document]
+    return [np.union1d(known, more) for known, more in zip(copies, found, strict=True)]
+
+
+def _without(tables: Sequence[np.ndarray], left_out: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [np.delete(table, numbers) for table, numbers in zip(tables, left_out, strict=True)]
+
+
+def _n_text_bytes(tables: Sequence[np.ndarray]) -> int:
+    return sum(int(table["n_bytes"].sum()) for table in tables)
 
 
 def _document(part: Part, question: Question, number: int) -> str:

@@ -11,6 +11,8 @@ from transmamba.data_pipeline.errors import DataError
 
 # First bytes of packed files.
 _PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+# A dict would keep the last of two members of one name and drop the other without a word.
+_DECODER = json.JSONDecoder(object_pairs_hook=tuple)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +53,29 @@ def text_of_line(line: str, name: str, field: str) -> str:
         field: member that holds the text.
 
     Raises:
-        DataError: no JSON object, no text in the field (the fields found are named), or half a surrogate pair in it.
+        DataError: no JSON object, no text in the field (the fields found are named), the field twice, or half a
+            surrogate pair in it.
     """
     try:
-        record = json.loads(line)
+        record = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         problem = f"not JSON ({error.msg} at character {error.pos})"
         raise DataError(name, problem, "give one JSON object per line") from error
     except (ValueError, RecursionError) as error:
         raise DataError(name, f"JSON that cannot be read ({error})", "remove the line") from error
-    if not isinstance(record, dict):
+    if not isinstance(record, tuple):
         raise DataError(name, f"a JSON {type(record).__name__}, not an object", "give one object per line")
-    text = record.get(field, 0)
+    texts = [value for key, value in record if key == field]
+    if len(texts) > 1:
+        raise DataError(name, f"field {field!r} is there {len(texts)} times", "write the line with one of them")
+    text = texts[0] if texts else 0
     if text is None:
         return ""
     if not isinstance(text, str):
-        problem = f"no text in field {field!r} (fields found: {', '.join(sorted(record)) or 'none'})"
-        raise DataError(name, problem, "name the text field with --field")
+        fields = ", ".join(sorted({key for key, _ in record})) or "none"
+        raise DataError(
+            name, f"no text in field {field!r} (fields found: {fields})", "name the text field with --field"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

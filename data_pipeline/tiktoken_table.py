@@ -71,6 +71,7 @@ def read_table(path: Path, *, pattern: str | None, eod_token: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_letters])  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(eod_token, special=True, normalized=False)])
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.spelling import Spelling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -88,6 +89,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(str(file), f"not a tokenizer ({error})", fix) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if hasattr(tokenizer.model, "dropout"):
+        # Otherwise the same text has other tokens each time.
+        tokenizer.model.dropout = None
     # Text that spells a special token is text: only the pipeline itself ends documents.
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -130,25 +134,18 @@ def end_of_text_id(tokenizer: Tokenizer, token: str = END_OF_TEXT) -> int:
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of UTF-8 text that each token id stands for: int32 [E]; 0 for special tokens and unused ids.
 
-    Bits per byte of a text are the summed nll of its tokens over ln 2 times the sum of these.
+    Bits per byte of a text are the summed nll of its tokens over ln 2 times the sum of these. The bytes are those of
+    the text as the tokens spell it: after a normaliser such as NFC, if the tokenizer has one.
 
     Raises:
-        DataError: the tokenizer is not byte-level, so its tokens have no fixed number of bytes.
+        DataError: the tokenizer is neither byte-level nor has byte fallback, so its tokens have no fixed number of
+            bytes.
     """
-    description = json.loads(tokenizer.to_str())
-    if '"ByteLevel"' not in json.dumps(description["decoder"]):
-        raise DataError("tokenizer", "not a byte-level tokenizer", "use a byte-level BPE (GPT-2 or Llama-3 style)")
-    n_bytes_E = np.zeros(vocab_size_of(tokenizer), dtype=np.int32)
-    # In the byte-level alphabet one character stands for one byte.
-    for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
-        n_bytes_E[i] = len(token)
-    for i, entry in tokenizer.get_added_tokens_decoder().items():
-        n_bytes_E[i] = 0 if entry.special else len(entry.content.encode("utf-8"))
-    return n_bytes_E
+    return np.array([len(spelled) for spelled in Spelling(tokenizer).bytes_E], dtype=np.int32)
 
 
 def split_long_text(text: str) -> list[str]:
-    """Cut a text into pieces of about `PIECE_CHARS` whose encodings join to that of the whole text."""
+    """Cut a text into pieces of about `PIECE_CHARS`, whose byte-level encodings join to that of the whole text."""
     pieces = []
     start = 0
     while len(text) - start > PIECE_CHARS:
@@ -163,7 +160,8 @@ def split_long_text(text: str) -> list[str]:
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str], *, eod_id: int) -> list[np.ndarray]:
     """Token ids of each text followed by `eod_id`, uint32; runs on every core that `tokenizers` may use."""
-    pieces = [(i, piece) for i, text in enumerate(texts) for piece in split_long_text(text)]
+    may_cut = any(len(text) > PIECE_CHARS for text in texts) and _may_cut(tokenizer)
+    pieces = [(i, piece) for i, text in enumerate(texts) for piece in (split_long_text(text) if may_cut else [text])]
     ids: list[list[np.ndarray]] = [[] for _ in texts]
     for batch in batches(pieces, BATCH_CHARS, size=lambda entry: len(entry[1])):
         encodings = tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
@@ -172,6 +170,15 @@ def encode_documents(tokenizer: Tokenizer, texts: list[str], *, eod_id: int) -> 
             ids[i].append(np.frombuffer(array("I", encoding.ids), dtype=np.uint32))
     end = np.array([eod_id], dtype=np.uint32)
     return [np.concatenate([*parts, end]) for parts in ids]
+
+
+def _may_cut(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is byte-level and puts nothing, such as a space, before a text."""
+    cut, whole = (
+        [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False).ids]
+        for texts in (["a\n", "a"], ["a\na"])
+    )
+    return cut == whole and b"ByteLevel" in (tokenizer.decoder.__getstate__() if tokenizer.decoder else b"")
 
 
 def batches(entries: Iterable[Entry], limit: int, *, size: Callable[[Entry], int]) -> Iterator[list[Entry]]:

@@ -118,13 +118,14 @@ class TokenStore:
     def locate(self, starts_B: np.ndarray, length: int) -> Places:
         """Where the `length` tokens from each start lie; reads the table of blocks and no token.
 
+        A row may reach beyond the end of the split; `gather` pads it.
+
         Raises:
-            ValueError: a row reaches outside the split.
+            ValueError: a row starts outside the split.
             DamagedData: the table of blocks does not match its digest.
         """
-        if len(starts_B) and not 0 <= starts_B.min() <= starts_B.max() + length <= self.n_tokens:
-            where = f"{starts_B.min()} to {starts_B.max() + length}"
-            raise ValueError(f"tokens {where} are outside 0 to {self.n_tokens}")
+        if len(starts_B) and not 0 <= starts_B.min() <= starts_B.max() < self.n_tokens:
+            raise ValueError(f"rows at {starts_B.min()} to {starts_B.max()} are outside 0 to {self.n_tokens}")
         shards_B = np.searchsorted(self._first_tokens, starts_B, side="right") - 1
         blocks_B, inside_B = np.divmod(starts_B - self._first_tokens[shards_B], self.manifest.block_tokens)
         rows_B = self._first_rows[shards_B] + blocks_B
@@ -142,6 +143,8 @@ class TokenStore:
 
     def gather(self, places: Places) -> np.ndarray:
         """Copy the tokens of rows, in the stored dtype: [B, the length they were located with].
+
+        Behind the end of the split a row holds ends of documents.
 
         Raises:
             DamagedData: a block does not match its digest.
@@ -195,14 +198,16 @@ class TokenStore:
         return self._pieces(shard, places.starts.item(i) + n_head, n_left)
 
     def _pieces(self, home: int, start: int, length: int) -> list[memoryview]:
-        """Bytes of the tokens from `start` on, block by block, maybe of shards after their `home`; verified."""
+        """Bytes of the tokens from `start` on, block by block, maybe of shards after their `home`, verified; padded."""
         pieces = []
-        while length:
+        while length and start < self.n_tokens:
             shard, row, begin = self._locate(start)
             tokens, _ = self._block(row, whole=shard == home)
             tokens = tokens[start - begin :][:length]
             pieces.append(tokens.view(np.uint8).data)
             start, length = start + len(tokens), length - len(tokens)
+        if length:
+            pieces.append(np.full(length, self.eod_id, dtype=self.dtype).view(np.uint8).data)
         return pieces
 
     def _locate(self, position: int) -> tuple[int, int, int]:

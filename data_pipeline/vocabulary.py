@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.holdout import Sample, text_fraction
+from transmamba.data_pipeline.listing import find_files
 from transmamba.data_pipeline.parts import Piece, Reading
 from transmamba.data_pipeline.progress import show_step
 from transmamba.data_pipeline.records import save_bytes
-from transmamba.data_pipeline.sources import find_files
+from transmamba.data_pipeline.spelling import check_reversible
 from transmamba.data_pipeline.tiktoken_table import looks_like_table, read_table
 from transmamba.data_pipeline.tokenizer import (
     END_OF_TEXT,
@@ -18,7 +19,6 @@ from transmamba.data_pipeline.tokenizer import (
     encode_documents,
     end_of_text_id,
     load_tokenizer,
-    token_bytes,
     train_tokenizer,
 )
 
@@ -92,7 +92,7 @@ def import_tokenizer(source: Path, out: Path, *, pattern: str | None = None, eod
         eod_token: special token that ends documents. A table gets it; the others must have it.
 
     Raises:
-        DataError: it is missing, broken, not byte-level, needs code of its own or lacks the token, or `out` exists.
+        DataError: it is missing, broken, loses text, needs code of its own or lacks the token, or `out` exists.
     """
     _check_free(out)
     if source.is_file() and source.suffix != ".json" and looks_like_table(source):
@@ -103,7 +103,7 @@ def import_tokenizer(source: Path, out: Path, *, pattern: str | None = None, eod
         raise DataError(str(source), "neither a tiktoken table nor JSON", "convert it to a tokenizer.json")
     else:
         tokenizer = load_tokenizer(source)
-    token_bytes(tokenizer)
+    check_reversible(tokenizer)
     end_of_text_id(tokenizer, eod_token)
     _save(tokenizer, out)
     return tokenizer

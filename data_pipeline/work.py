@@ -8,15 +8,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.records import load_record, save_record
 
 _LOCK, _PLAN = "lock", "plan.json"
+# Member of the plan that is no part of it.
+_FILES = "files"
 
 
 def work_folder_of(out: Path) -> Path:
@@ -55,27 +57,55 @@ def leave_work_folder(folder: Path) -> None:
         remove_work_folder(folder)
 
 
-def begin(folder: Path, plan: dict[str, object], *, keep: Collection[str] = ()) -> list[str]:
+def begin(
+    folder: Path, plan: dict[str, object], *, files: Sequence[object] = (), keep: Collection[str] = ()
+) -> list[str]:
     """Keep what an earlier run with the same plan has done, or clear the folder.
 
     Args:
         folder: held.
         plan: everything that the result depends on, by name; JSON.
+        files: what `files_before` is to give to a later run; JSON.
         keep: paths of files in it that stay in any case.
 
     Returns:
-        The names in which the earlier run's plan differs; empty when there was none or it is the same.
+        as `differences`.
     """
-    digests = {name: hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest() for name, value in plan.items()}
-    try:
-        earlier = load_record(folder / _PLAN)
-    except (OSError, ValueError):
-        earlier = {}
-    if earlier == digests:
+    digests = _digests(plan)
+    earlier = _earlier(folder)
+    if {name: digest for name, digest in earlier.items() if name != _FILES} == digests:
         return []
+    changed = differences(folder, plan)
     _clear(folder, keep)
-    save_record(folder / _PLAN, dict(digests))
-    return [name for name in digests if earlier and earlier.get(name) != digests[name]]
+    save_record(folder / _PLAN, {**digests, _FILES: list(files)})
+    return changed
+
+
+def differences(folder: Path, plan: dict[str, object]) -> list[str]:
+    """The names in which the earlier run's plan differs; empty when there was none or it is the same."""
+    earlier = _earlier(folder)
+    return [name for name, digest in _digests(plan).items() if earlier and earlier.get(name) != digest]
+
+
+def has_finished_work(folder: Path) -> bool:
+    """Whether an earlier run left a record of anything that it finished."""
+    return any(path.name != _PLAN for path in folder.glob("*.json"))
+
+
+def files_before(folder: Path) -> list[Any]:
+    """What the earlier run gave `begin` as its files."""
+    return _earlier(folder).get(_FILES, [])
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    try:
+        return load_record(folder / _PLAN)
+    except (OSError, ValueError):
+        return {}
+
+
+def _digests(plan: dict[str, object]) -> dict[str, str]:
+    return {name: hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest() for name, value in plan.items()}
 
 
 def _clear(folder: Path, keep: Collection[str] = ()) -> None:

@@ -1,7 +1,9 @@
 """From the stream of windows to the micro-batches of a step."""
 # B batch, T tokens.
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +14,13 @@ from transmamba.config import Config, DataConfig, TrainConfig
 from transmamba.data_pipeline.mixture import Mixture
 from transmamba.data_pipeline.stream import Windows
 from transmamba.data_position import data_step_of
+from transmamba.heartbeat import sign_of_life
 from transmamba.kernels.documents import Documents
 from transmamba.ledger import Ledger
 from transmamba.parallel.topology import Topology
 from transmamba.prefetch import RowReader, Rows
 
-_AHEAD_ON_GPU = 2
+_TELL_EVERY_S = 30.0
 
 
 class MicroBatch(NamedTuple):
@@ -76,18 +79,17 @@ class Batches:
         self.first_row_local = topology.dp_rank * self.n_rows_local
         self.skip = data.skip
         on_gpu = topology.device.type == "cuda"
-        ahead = data.prefetch
-        if ahead is None:
-            ahead = _AHEAD_ON_GPU if on_gpu else 0
         self._reader = RowReader(
             mixture,
             global_batch=train.global_batch,
             first_row=self.first_row_local,
             n_rows=self.n_rows_local,
-            ahead=ahead,
+            ahead=data.prefetch,
             pin=on_gpu,
             limit_s=config.watchdog.limit_s or 0,
         )
+        # Of the step that is next, once they are there.
+        self._rows: Rows | None = None
         self._ledger = None
         if ledger_folder is not None and topology.is_first_of_rows:
             self._ledger = Ledger(ledger_folder, topology.dp_rank)
@@ -99,7 +101,7 @@ class Batches:
     def of_step(self, step: int, transpoints: Sequence[int | float]) -> list[MicroBatch]:
         """The micro-batches of training step `step`, in order."""
         data_step = self.data_step(step)
-        rows = self._reader.rows(data_step, self.data_step(step + 1))
+        rows, self._rows = self._rows or self._reader.rows(data_step, self.data_step(step + 1)), None
         if self._ledger is not None:
             first = data_step * self.global_batch + self.first_row_local
             samples = self.mixture.samples(first, self.n_rows_local)
@@ -110,6 +112,31 @@ class Batches:
             self.packer.pack(rows.part(first, first + size), transpoints, total)
             for first in range(0, self.n_rows_local, size)
         ]
+
+    def ready(self, step: int, is_stopped: Callable[[], bool]) -> bool:
+        """Wait for the windows of training step `step`; a rank that waits for a store does not hang.
+
+        Args:
+            step: whose windows `of_step` will be asked for next.
+            is_stopped: asked once, and about every second while some rank waits.
+
+        Returns:
+            whether every rank has them; False on all ranks if one of them is stopped.
+        """
+        if not self._reader.is_remote:
+            return True
+        data_step, tell_at = self.data_step(step), time.monotonic() + _TELL_EVERY_S
+        while True:
+            if self._rows is None:
+                self._rows = self._reader.poll(data_step, self.data_step(step + 1))
+            state = torch.tensor([self._rows is None, is_stopped()], dtype=torch.float32)
+            n_missing, n_stopped = map(int, self.topology.sum_all(state).tolist())
+            if not n_missing or n_stopped:
+                return not n_missing
+            sign_of_life()
+            if self._rows is not None and self.topology.is_first and time.monotonic() > tell_at:
+                tell_at = time.monotonic() + _TELL_EVERY_S
+                print(f"waiting for the data of {n_missing} other ranks; see their logs", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the reading process and the ledger."""

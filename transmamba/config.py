@@ -166,7 +166,8 @@ class DataConfig(Section):
     skip: list[Text] = Field(default_factory=list)
     """Ranges "first:last" of data steps to leave out (last excluded)."""
     prefetch: int | None = Field(default=None, ge=0, le=64)
-    """Steps that a process of its own reads ahead; null is 2 with a GPU and 0 without."""
+    """Steps that a process of its own reads ahead; null is 2 with a GPU or a remote source, else 0. A remote source
+    is always read ahead by one at least."""
     ledger: bool = False
     """Write which window went to which step and rank to run.dir/ledger."""
     cache_dir: Text | None = None

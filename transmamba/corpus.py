@@ -11,12 +11,16 @@ from transmamba.data_pipeline.folder import REMOTE_GROUP, Cache, PreparedFolder,
 from transmamba.data_pipeline.manifest import Manifest
 from transmamba.data_pipeline.mixture import Mixture
 from transmamba.data_pipeline.prepare import default_corpus
+from transmamba.data_pipeline.remote import OUTAGE_S, Patience
+from transmamba.data_pipeline.remote_shards import RemoteFiles
 from transmamba.data_pipeline.stream import Stream
 from transmamba.data_pipeline.workers import WorkerDied
 from transmamba.errors import EXIT_RANK_DIED, ConfigError, RunError
-from transmamba.validate_data import data_problems
+from transmamba.heartbeat import sign_of_life
+from transmamba.validate_data import continues, data_problems
 
 GIB = 2**30
+CUT = "windows 2"  # the last window of an epoch is padded; 1 left it out, and had another order
 # The names of the only source and of its held-out part.
 ONLY, HELD_OUT = "train", "validation"
 
@@ -59,9 +63,9 @@ class Corpus:
         return found
 
     def fingerprint(self) -> str:
-        """A hash that changes with the tokens, their order on disk, a source's name or the tokenizer, but not with a
-        folder's place."""
-        parts = [self.first.tokenizer_sha256]
+        """A hash that changes with the tokens, their order on disk, a source's name, the tokenizer or the way that
+        windows are cut, but not with a folder's place."""
+        parts = [CUT, self.first.tokenizer_sha256]
         for name, folder in sorted(self.sources.items()):
             shards = folder.manifest.splits["train"].shards
             parts += [name, *(shard.sha256 for shard in shards)]
@@ -85,6 +89,7 @@ def open_corpus(config: Config) -> Corpus:
     Raises:
         ConfigError: the default corpus does not fit the configuration.
         DataError: a folder cannot be opened or built.
+        Unreachable: a store that has answered before was away for an hour.
         RunError: a process that builds the default corpus was killed.
     """
     data = config.data
@@ -97,10 +102,18 @@ def open_corpus(config: Config) -> Corpus:
     if data.shuffle_shards is None:  # noted, because it decides the order wherever the data lies later
         data.shuffle_shards = REMOTE_GROUP if any(map(is_remote, places.values())) else "all"
     cache = Cache(cache_folder(data.cache_dir), round(data.cache_gib * GIB))
-    sources = {name: open_folder(place, cache) for name, place in sorted(places.items())}
+    is_known = continues(config)
+    sources = {name: _open(place, cache, is_known) for name, place in sorted(places.items())}
     held = sources if data.sources else {HELD_OUT: sources[ONLY]}
-    sets = {name: open_folder(place, cache) for name, place in config.validation.sets.items()}
+    sets = {name: _open(place, cache, is_known) for name, place in config.validation.sets.items()}
     return Corpus(sources, held | sets)
+
+
+def _open(place: str, cache: Cache, is_known: bool) -> PreparedFolder:
+    folder = open_folder(place, cache, Patience(outage_s=OUTAGE_S), is_known=is_known)
+    if isinstance(folder.files, RemoteFiles):
+        folder.files.call_on_wait(sign_of_life)
+    return folder
 
 
 def _default_corpus() -> Path:

@@ -48,6 +48,10 @@ class Word(IntEnum):
     REASON = 11  # the exit code that it leaves with for a reason of its own, which is then the job's; else 0
 
 
+# Those that `start` began here: one, except in tests.
+_of_this_process: list["Heartbeat"] = []
+
+
 class Heartbeat:
     """The signs of life of this process as one rank of a run, and its ear for the watchdog's verdict."""
 
@@ -70,6 +74,11 @@ class Heartbeat:
         page = self._page
         page[Word.STEP], page[Word.PHASE], page[Word.BEAT] = step, phase, time.monotonic_ns()
 
+    def again(self) -> None:
+        """Say that this rank still is at what it last said."""
+        if not self._closing.is_set() and os.getpid() == self._pid:
+            self._page[Word.BEAT] = time.monotonic_ns()
+
     def leave(self, reason: int = 0) -> None:
         """Say that this rank gives up, before its peers can notice; the end of the interpreter says it, too.
 
@@ -87,6 +96,8 @@ class Heartbeat:
         if self._closing.is_set() or os.getpid() != self._pid:
             return
         self._closing.set()
+        if self in _of_this_process:
+            _of_this_process.remove(self)
         self.beat(self._page[Word.STEP], Phase.DONE)
         self._guard_thread.join()
         atexit.unregister(self.leave)
@@ -122,6 +133,7 @@ def start(folder: Path, rank: int, world_size: int, limit_s: float | None = None
     if rank == 0:
         (folder / VERDICT).unlink(missing_ok=True)
     heartbeat = Heartbeat(folder, rank)
+    _of_this_process.append(heartbeat)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         ranks = ",".join(str(rank + i) for i in range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         since_ns = process_state(os.getpid())[1] * 10**9 // os.sysconf("SC_CLK_TCK")
@@ -135,6 +147,12 @@ def start(folder: Path, rank: int, world_size: int, limit_s: float | None = None
         # If it ends before this process does, nobody else would collect it.
         threading.Thread(target=process.wait, name="watchdog reaper", daemon=True).start()
     return heartbeat
+
+
+def sign_of_life() -> None:
+    """Beat once more for this process, where it has a heartbeat: from what waits deep inside it and knows for what."""
+    for heartbeat in _of_this_process:
+        heartbeat.again()
 
 
 class Pulse:

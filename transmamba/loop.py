@@ -72,6 +72,11 @@ def train_steps(
                 watched = layer_stats(run.layers, config.model.n_layers, topology) if is_watched else nullcontext()
                 started = time.perf_counter()
                 heartbeat.beat(done, Phase.STEP)
+                if not run.batches.ready(step, lambda: stop.code is not None):
+                    heartbeat.beat(step, Phase.SAVE)
+                    if step > first and step % config.checkpoint.every:
+                        save(run, step, saver, is_last=True)
+                    return _stopped(run, stop, topology.agree(stop.code or 0), step, journal)
                 with watched as layers:
                     trained = train_step(run, step)
                 record = meter.record(trained, time.perf_counter() - started)
@@ -92,14 +97,19 @@ def train_steps(
                     heartbeat.beat(done, Phase.SAVE)
                     save(run, done, saver, is_last=done == last or code is not None)
                 if code is not None and done < last:
-                    if topology.is_first:
-                        (run.folder / "STOP").unlink(missing_ok=True)
-                    cause = stop.cause if stop.code == code else "asked of another rank"
-                    journal.event("stop", cause=cause, step=done)
-                    return code
+                    return _stopped(run, stop, code, done, journal)
     finally:
         stop.restore()
     return EXIT_DONE
+
+
+def _stopped(run: Run, stop: StopRequest, code: int, step: int, journal: Journal) -> int:
+    """Note that the run stops after `step` because it was asked to; returns `code`."""
+    if run.topology.is_first:
+        (run.folder / "STOP").unlink(missing_ok=True)
+    cause = stop.cause if stop.code == code else "asked of another rank"
+    journal.event("stop", cause=cause, step=step)
+    return code
 
 
 def validate(run: Run, step: int, report: Report, *, is_last: bool) -> dict[str, dict[str, float]]:

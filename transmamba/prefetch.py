@@ -2,6 +2,7 @@
 # B batch, T tokens.
 
 import gc
+import mmap
 import multiprocessing
 import os
 import signal
@@ -18,12 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.mixture import Mixture
+from transmamba.data_pipeline.remote_shards import RemoteFiles
 from transmamba.data_pipeline.workers import die_with_parent
 from transmamba.errors import EXIT_HANG, EXIT_RANK_DIED, RunError
 
 # A launcher, a shell or Slurm sends these to every process of a job; they are meant for the trainer.
 _NOT_FOR_READERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_USUALLY_AHEAD = 2
 _LOOK_EVERY_S = 1.0  # how often a silent reader is looked at
+_WAITS_S = 120.0  # how long a reader's word that it waits for a store holds: longer than a store may be silent
 
 
 class Rows(NamedTuple):
@@ -45,9 +49,13 @@ class RowReader:
         mixture: the training stream.
         global_batch: windows per step.
         first_row, n_rows: this rank's part of every global batch.
-        ahead: steps to read ahead; 0 reads when asked.
+        ahead: steps to read ahead; 0 reads when asked, but from a store always one ahead at least; None is 2 for pinned
+            memory or a store, else 0.
         pin: whether tensors come in pinned memory.
         limit_s: seconds without an answer that count as a hang; 0 waits for ever.
+
+    Attributes:
+        is_remote: whether some of the windows come from a store, for which there may be long to wait.
     """
 
     def __init__(
@@ -57,12 +65,16 @@ class RowReader:
         global_batch: int,
         first_row: int,
         n_rows: int,
-        ahead: int = 0,
+        ahead: int | None = 0,
         pin: bool = False,
         limit_s: float = 0,
     ):
         self._steps = _Steps(mixture, global_batch, first_row, n_rows)
-        self._ahead, self._pin, self._limit_s = ahead, pin, limit_s
+        self.is_remote = bool(self._steps.remote)
+        if ahead is None:
+            ahead = _USUALLY_AHEAD if pin or self.is_remote else 0
+        self._ahead = max(ahead, 1) if self.is_remote else ahead
+        self._pin, self._limit_s = pin, limit_s
         self._next: int | None = None
         self._source: Iterator[Rows | DataError] = iter(())
         self._process: BaseProcess | None = None
@@ -74,12 +86,20 @@ class RowReader:
             DataError, DamagedData: as the mixture.
             RunError: the reading process died (exit 31) or gave no answer in time (exit 30); the line names it.
         """
+        rows = None
+        while rows is None:
+            rows = self.poll(data_step, following)
+        return rows
+
+    def poll(self, data_step: int, following: int) -> Rows | None:
+        """As `rows`, or None when a second has passed and the reading process waits for a store."""
         if not self._ahead:
             return _checked(self._steps[data_step])
         if self._next != data_step:
             self._start(data_step)
         rows = self._take(data_step)
-        self._next = data_step + 1 if following == data_step + 1 else None
+        if rows is not None:
+            self._next = data_step + 1 if following == data_step + 1 else None
         return rows
 
     @property
@@ -104,7 +124,7 @@ class RowReader:
             prefetch_factor=self._ahead,
             pin_memory=self._pin,
             timeout=_LOOK_EVERY_S,
-            worker_init_fn=_serve_only_the_trainer,
+            worker_init_fn=self._steps.serve,
             multiprocessing_context="fork",
         )
         before = set(multiprocessing.active_children())
@@ -116,8 +136,9 @@ class RowReader:
         # Torch's handler would raise the reader's death in the midst of a step, far from who asks for rows.
         signal.signal(signal.SIGCHLD, handler)
         (self._process,) = set(multiprocessing.active_children()) - before
+        self._next = data_step
 
-    def _take(self, data_step: int) -> Rows:
+    def _take(self, data_step: int) -> Rows | None:
         assert self._process is not None
         began = time.monotonic()
         while True:
@@ -132,6 +153,8 @@ class RowReader:
                     raise self._failure(EXIT_RANK_DIED, what, data_step, fix) from error
                 if not isinstance(error, RuntimeError):
                     raise
+                if self._steps.waits():
+                    return None
                 if 0 < self._limit_s <= time.monotonic() - began:
                     what = f"gave no answer for {self._limit_s:g} s"
                     fix = "look at the storage of data.path, and start again; watchdog.limit_s sets the limit"
@@ -146,9 +169,17 @@ class RowReader:
 
 
 class _Steps(Dataset[Rows | DataError]):
+    """What the reading process does, and its word to the trainer: when it last waited for a store, ns, 0 if it reads.
+
+    The word is in memory that both processes share.
+    """
+
     def __init__(self, mixture: Mixture, global_batch: int, first_row: int, n_rows: int):
         self._mixture, self._global_batch = mixture, global_batch
         self._first_row, self._n_rows = first_row, n_rows
+        files = [stream.store.files for stream in mixture.streams.values()]
+        self.remote = [each for each in files if isinstance(each, RemoteFiles)]
+        self._waited = memoryview(mmap.mmap(-1, 8)).cast("q")
 
     def __getitem__(self, data_step: int) -> Rows | DataError:
         try:
@@ -156,18 +187,28 @@ class _Steps(Dataset[Rows | DataError]):
         except DataError as error:
             # As a value: the loader would make another exception of it.
             return error
+        finally:
+            self._waited[0] = 0
         starts = [torch.from_numpy(np.ascontiguousarray(row)) for row in windows.starts]
         return Rows(torch.from_numpy(windows.tokens_BT), starts, torch.from_numpy(windows.weight_BT))
+
+    def serve(self, _worker: int) -> None:
+        """Be the reading process: ignore signals that are meant for the trainer, end with it, and tell it of waits."""
+        for number in _NOT_FOR_READERS:
+            signal.signal(number, signal.SIG_IGN)
+        die_with_parent()
+        for files in self.remote:
+            files.call_on_wait(self._say_that_it_waits)
+
+    def _say_that_it_waits(self) -> None:
+        self._waited[0] = time.monotonic_ns()
+
+    def waits(self) -> bool:
+        """Whether the reading process waits for a store."""
+        return time.monotonic_ns() - self._waited[0] < _WAITS_S * 1e9
 
 
 def _checked(rows: Rows | DataError) -> Rows:
     if isinstance(rows, DataError):
         raise rows
     return rows
-
-
-def _serve_only_the_trainer(_worker: int) -> None:
-    """Ignore signals that are meant for the trainer, and end with it."""
-    for number in _NOT_FOR_READERS:
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent()

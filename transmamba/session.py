@@ -20,9 +20,19 @@ from transmamba.config import Config, total_steps
 from transmamba.corpus import Corpus, open_corpus
 from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.mixture import Length
+from transmamba.data_pipeline.remote import Unreachable
 from transmamba.data_pipeline.tokenizer import load_tokenizer
 from transmamba.data_position import data_steps_past, lengths_of
-from transmamba.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED, ConfigError, RunError
+from transmamba.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_HANG,
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    RunError,
+)
 from transmamba.generate import complete
 from transmamba.heartbeat import Heartbeat
 from transmamba.heartbeat import start as start_heartbeat
@@ -297,6 +307,8 @@ def _write_exit(folder: Path, code: int, cause: str) -> None:
 def _code_of(error: Exception) -> int:
     if isinstance(error, RunError):
         return error.code
+    if isinstance(error, Unreachable):  # it may be there for the next start
+        return EXIT_HANG
     return EXIT_DATA if isinstance(error, DamagedData) else EXIT_CONFIG
 
 

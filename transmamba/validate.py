@@ -1,5 +1,6 @@
 """What can be known to be wrong before torch is imported: keys, environment, data and run folder."""
 
+import itertools
 import math
 import re
 import socket
@@ -184,11 +185,22 @@ def _length_problems(config: Config) -> Problems:
     if config.checkpoint.every > steps:
         fix = f"use 1 to {steps}; the last step is always saved"
         yield Problem("checkpoint.every", f"above the {steps} steps of the run", config.checkpoint.every, fix)
-    for text in config.data.skip:
-        match = re.fullmatch(r"(\d{1,15}):(\d{1,15})", text)
+    yield from _skip_problems(config.data.skip)
+
+
+def _skip_problems(skip: list[str]) -> Problems:
+    matches = [re.fullmatch(r"(\d{1,15}):(\d{1,15})", text) for text in skip]
+    for text, match in zip(skip, matches, strict=True):
         if match is None or int(match[1]) >= int(match[2]):
             fix = 'write "first:last" with first below last, for example data.skip=["100:120"]'
             yield Problem("data.skip", "not a range of data steps", text, fix)
+            return
+    # What lies in two ranges would be left out once and as much behind it once more.
+    ranges = sorted((int(match[1]), int(match[2])) for match in matches if match)
+    for (first, last), (other, end) in itertools.pairwise(ranges):
+        if other < last:
+            fix = f'write "{first}:{max(last, end)}" in their place'
+            yield Problem("data.skip", f"{first}:{last} and {other}:{end} overlap", skip, fix)
 
 
 def _optim_problems(config: Config) -> Problems:

@@ -14,6 +14,7 @@ from transmamba.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from transmamba.data_pipeline.manifest import Manifest
 
+_GIB = 2**30
 # Name of the validation set that data.path brings.
 HELD_OUT = "validation"
 
@@ -30,15 +31,18 @@ def data_problems(config: Config) -> Iterator[Problem]:
     training: dict[str, Manifest] = {}
     for key, place in places.items():
         try:
-            training[key] = _read(key, place, config)
+            manifest = _read(key, place, config)
         except ConfigError as error:
             yield from error.problems
+            continue
+        if manifest is not None:
+            training[key] = manifest
     if len(training) < len(places):
         return
     if training:
         yield from _size_problems(config, training)
         yield from _kinship_problems(training, places)
-        yield from _cache_problems(config, training, places)
+    held: dict[str, Manifest] = {}
     for name, place in config.validation.sets.items():
         key = f"validation.sets.{name}"
         try:
@@ -46,12 +50,24 @@ def data_problems(config: Config) -> Iterator[Problem]:
         except ConfigError as error:
             yield from error.problems
             continue
+        if held_out is None:
+            continue
+        if _is_remote(place):
+            held[key] = held_out
         first = next(iter(training), None)
         if first is not None and held_out.tokenizer_sha256 != training[first].tokenizer_sha256:
             fix = f"prepare it with the tokenizer of {first}"
             yield Problem(key, f"made with another tokenizer than {first}", place, fix)
         else:
             yield from _shared_shards(key, training, held_out)
+    remote = {key: manifest for key, manifest in training.items() if _is_remote(places[key])}
+    yield from _cache_problems(config, remote, held)
+
+
+def continues(config: Config) -> bool:
+    """Whether the run has a checkpoint to continue from."""
+    folder = config.run.dir
+    return folder is not None and any((Path(folder) / "checkpoints").glob("step-*/manifest.json"))
 
 
 def _source_problems(config: Config) -> Iterator[Problem]:
@@ -121,17 +137,21 @@ def _stage_problems(config: Config) -> Iterator[Problem]:
         yield from _weight_problems("data.stages", stage.blend, config)
 
 
-def _read(key: str, path: str, config: Config) -> "Manifest":
+def _read(key: str, path: str, config: Config) -> "Manifest | None":
+    """The manifest at a place, or None if it lies in a store that is away, for which a continued run waits."""
     # The manifest reader brings numpy; a run on the built-in corpus is checked without it.
     from transmamba.data_pipeline.errors import DataError
     from transmamba.data_pipeline.manifest import load_manifest
+    from transmamba.data_pipeline.remote import Unreachable
 
     try:
-        if "://" in path:
+        if _is_remote(path):
             return _read_remote(path, config)
         if not Path(path).exists():
             raise ConfigError([_missing(key, path)])
         return load_manifest(Path(path))
+    except Unreachable:
+        return None
     except DataError as error:
         raise ConfigError([Problem(key, f"{error.what}: {error.problem}", path, error.fix)]) from error
     except OSError as error:
@@ -144,22 +164,42 @@ def _read_remote(url: str, config: Config) -> "Manifest":
     from transmamba.data_pipeline.folder import Cache, open_folder
 
     cache = Cache(cache_folder(config.data.cache_dir), round(config.data.cache_gib * GIB))
-    return open_folder(url, cache).manifest
+    return open_folder(url, cache, is_known=continues(config)).manifest
 
 
-def _cache_problems(config: Config, training: "dict[str, Manifest]", places: dict[str, str]) -> Iterator[Problem]:
-    """Shards behind URLs that are read at a time must fit into the cache."""
-    remote = [manifest for key, manifest in training.items() if "://" in places[key]]
-    if remote:
-        from transmamba.data_pipeline.folder import REMOTE_GROUP
-        from transmamba.data_pipeline.remote_shards import bytes_at_a_time
+def _cache_problems(config: Config, training: "dict[str, Manifest]", held: "dict[str, Manifest]") -> Iterator[Problem]:
+    """Shards behind URLs that one process reads at a time must fit into the cache.
 
-        group = config.data.shuffle_shards or REMOTE_GROUP
-        needed = sum(bytes_at_a_time(manifest, group) for manifest in remote) / 2**30
-        if needed > config.data.cache_gib:
-            what = f"data.shuffle_shards={group} reads up to {needed:.3g} GiB of shards at a time"
-            fix = f"use data.cache_gib={math.ceil(needed)}, or a smaller data.shuffle_shards, such as 16"
-            yield Problem("data.cache_gib", what, config.data.cache_gib, fix)
+    The reader of the training data and the trainer, which validates, are processes of their own.
+    """
+    if not training and not held:
+        return
+    from transmamba.data_pipeline.folder import REMOTE_GROUP
+    from transmamba.data_pipeline.remote_shards import bytes_at_a_time, bytes_in_order
+
+    def of_training(group: int | str) -> int:
+        return sum(bytes_at_a_time(manifest, group) for manifest in training.values())
+
+    group, limit = config.data.shuffle_shards or REMOTE_GROUP, config.data.cache_gib * _GIB
+    n_tokens = config.train.micro_batch * config.data.seq_len + 1
+    validating = sum(bytes_in_order(manifest, n_tokens) for manifest in (*training.values(), *held.values()))
+    fix = f"use data.cache_gib={math.ceil(max(of_training(group), validating) / _GIB)}"
+    if of_training(group) > limit:
+        n_shards = max(len(manifest.splits["train"].shards) for manifest in training.values())
+        smaller = n_shards if group == "all" else min(group, n_shards)
+        while smaller and of_training(smaller) > limit:
+            smaller //= 2
+        what = f"data.shuffle_shards={group} reads up to {of_training(group) / _GIB:.3g} GiB of shards at a time"
+        fix += f", or data.shuffle_shards={smaller}" if smaller else ""
+        yield Problem("data.cache_gib", what, config.data.cache_gib, fix)
+    elif validating > limit:
+        what = f"validation reads up to {validating / _GIB:.3g} GiB of shards at a time"
+        yield Problem("data.cache_gib", what, config.data.cache_gib, fix)
+
+
+def _is_remote(place: str) -> bool:
+    # As in the data pipeline, which a run on the built-in corpus is checked without.
+    return "://" in place
 
 
 def _missing(key: str, path: str) -> Problem:
@@ -205,12 +245,13 @@ def _kinship_problems(training: "dict[str, Manifest]", places: dict[str, str]) -
         if manifest.tokenizer_sha256 != tokenizer:
             fix = f"prepare it with --tokenizer {places[first]}"
             yield Problem(key, f"made with another tokenizer than {first}", places[key], fix)
-        doubled = [shard for shard in manifest.splits["train"].shards if shard.sha256 in seen]
+        # Not of the shards' files, in which tokens have the names of their split and shard.
+        doubled = [shard for shard in manifest.splits["train"].shards if shard.blocks_sha256 in seen]
         if doubled:
-            other, name = seen[doubled[0].sha256]
+            other, name = seen[doubled[0].blocks_sha256]
             what = f"its shard {doubled[0].name} is also in {other} ({name})"
             yield Problem(key, what, places[key], "keep it in one source, with the sum of the weights")
-        seen |= {shard.sha256: (key, shard.name) for shard in manifest.splits["train"].shards}
+        seen |= {shard.blocks_sha256: (key, shard.name) for shard in manifest.splits["train"].shards}
     for key, manifest in training.items():
         yield from _shared_shards(key, training, manifest)
 
@@ -218,9 +259,9 @@ def _kinship_problems(training: "dict[str, Manifest]", places: dict[str, str]) -
 def _shared_shards(key: str, training: "dict[str, Manifest]", held_out: "Manifest") -> Iterator[Problem]:
     """Shards with the same content in some training split and in a validation split."""
     shards = [shard for manifest in training.values() for shard in manifest.splits["train"].shards]
-    seen = {shard.sha256: shard.name for shard in shards}
+    seen = {shard.blocks_sha256: shard.name for shard in shards}
     for shard in held_out.splits["validation"].shards:
-        if shard.sha256 in seen:
-            what = f"validates on a shard that it trains on ({seen[shard.sha256]})"
+        if shard.blocks_sha256 in seen:
+            what = f"validates on a shard that it trains on ({seen[shard.blocks_sha256]})"
             yield Problem(key, what, shard.name, "prepare training and validation from different text")
             return

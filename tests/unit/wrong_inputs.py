@@ -75,7 +75,7 @@ def with_run(*, config: str = "", step: int | None = None, **files: str) -> Call
 
 
 def same_content(record: dict) -> None:
-    record["splits"]["validation"]["shards"][0]["sha256"] = first_shard(record)["sha256"]
+    record["splits"]["validation"]["shards"][0]["blocks_sha256"] = first_shard(record)["blocks_sha256"]
 
 
 HERE = {"host": socket.gethostname(), "pid": os.getppid()}
@@ -268,7 +268,7 @@ def copied_and_swapped(here: Path) -> None:
     first = json.loads((here / "data" / "manifest.json").read_text())
     file = here / "copy" / "manifest.json"
     record = json.loads(file.read_text())
-    record["splits"]["validation"]["shards"][0]["sha256"] = first_shard(first)["sha256"]
+    record["splits"]["validation"]["shards"][0]["blocks_sha256"] = first_shard(first)["blocks_sha256"]
     write_sealed(here / "copy", record)
 
 
@@ -280,7 +280,7 @@ def with_other(change: Callable[[dict], object] = lambda record: None) -> Callab
         record = json.loads((here / "other" / "manifest.json").read_text())
         for split in record["splits"].values():
             for shard in split["shards"]:
-                shard["sha256"] = shard["sha256"][::-1]
+                shard["blocks_sha256"] = shard["blocks_sha256"][::-1]
         change(record)
         write_sealed(here / "other", record)
 
@@ -293,8 +293,8 @@ def other_tokenizer(here: Path) -> None:
 
 
 def crossed(here: Path) -> None:
-    first = first_shard(json.loads((here / "data" / "manifest.json").read_text()))["sha256"]
-    with_other(lambda record: record["splits"]["validation"]["shards"][0].update(sha256=first))(here)
+    first = first_shard(json.loads((here / "data" / "manifest.json").read_text()))["blocks_sha256"]
+    with_other(lambda record: record["splits"]["validation"]["shards"][0].update(blocks_sha256=first))(here)
 
 
 TWO = "data.sources.a={data} data.sources.b={here}/other"
@@ -328,6 +328,9 @@ CASES += [
          "{{step:9,blend:{{b:1}}}}]", "data.stages", "later from stage to stage", setup=with_other()),
     Case(71, "a stage beyond the run", f"{BOTH} train.steps=20 data.skip=['2:5'] "
          "data.stages=[{{step:23,blend:{{a:1}}}}]", "data.stages", "below 23", setup=with_other()),
+    Case(71, "skips that overlap", "data.skip=['10:20','30:40','15:25']", "data.skip", '"10:25" in their place'),
+    Case(71, "a skip inside another", "data.skip=['10:20','12:14']", "data.skip", '"10:20" in their place'),
+    Case(71, "a skip that ends before it begins", "data.skip=['20:10']", "data.skip", "first below last"),
     Case(71, "a stage with an unknown source", f"{BOTH} data.stages=[{{{{step:9,blend:{{{{c:1}}}}}}}}]",
          "data.stages", "use a, b", setup=with_other()),
     Case(72, "sources of two tokenizers", BOTH, "data.sources.b", "--tokenizer", setup=other_tokenizer),

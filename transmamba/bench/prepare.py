@@ -19,10 +19,10 @@ import torch
 
 from transmamba.bench.kernels import results_folder
 from transmamba.data_pipeline.docstrings import read_installed_docstrings
+from transmamba.data_pipeline.listing import find_files
 from transmamba.data_pipeline.manifest import load_manifest
 from transmamba.data_pipeline.parts import Reading, cut_parts
 from transmamba.data_pipeline.prepare import prepare
-from transmamba.data_pipeline.sources import find_files
 from transmamba.data_pipeline.tokenizer import END_OF_TEXT, train_tokenizer
 from transmamba.data_pipeline.tokens import TokenStore
 from transmamba.machine import describe_device

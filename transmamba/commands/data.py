@@ -26,13 +26,15 @@ def prepare(
     vocab_size: Annotated[int, typer.Option(help="Entries of the BPE to train")] = 4096,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to use instead")] = None,
     eod_token: Annotated[str, typer.Option(help="Token that ends a document")] = "<|endoftext|>",
-    validation_share: Annotated[float, typer.Option(help="Part of the text to hold out")] = 0.02,
+    validation_share: Annotated[float, typer.Option(help="Part of the text to hold out, at most 0.5")] = 0.02,
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out copies of earlier documents")] = False,
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in a shard")] = 64_000_000,
     block_tokens: Annotated[int, typer.Option(help="Tokens that are verified together")] = 131_072,
     seed: Annotated[int, typer.Option(help="Of the split")] = 17,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core if not given")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Make it anew, in place of data made otherwise")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Make it anew, in place of data made or begun otherwise")
+    ] = False,
 ) -> None:
     """Turn text into verified token shards, a tokenizer and a manifest. Interrupted, the same command goes on."""
     options = {"vocab_size": vocab_size, "tokenizer": tokenizer, "validation_share": validation_share, "field": field}

@@ -12,14 +12,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+PAGE = b"<!DOCTYPE html>\n<html><title>Log in</title></html>\n" * 99
+
 
 class FaultyServer(http.server.ThreadingHTTPServer):
     """Serves the files of a folder, with ranges.
 
     Attributes:
-        faults: by file name, what happens to its next requests: "500", "404", "403", "reset" (in the middle of the
+        faults: by file name, what happens to its next requests: "500" or another status, "reset" (in the middle of the
             body), "short" (a body shorter than announced), "cut" (a shorter file), "flip" (one wrong bit), "ignore"
-            (the whole file instead of the range) or "slow" (a pause of `slow_s` in the middle of the body).
+            (the whole file instead of the range), "page" (a login page instead of the file), "silent" (no answer for
+            `slow_s`) or "slow" (a pause of `slow_s` in the middle of the body).
+        away: what happens to every request as long as it is not empty; see `faults`.
         asked: requests by file name; `wholes` those without a range.
     """
 
@@ -29,6 +33,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
+        self.away = ""
         self.faults: defaultdict[str, list[str]] = defaultdict(list)
         self.asked: Counter[str] = Counter()
         self.wholes: Counter[str] = Counter()
@@ -58,12 +63,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.asked[name] += 1
             self.server.wholes[name] += asked_range is None
             queue = self.server.faults[name]
-            fault = queue.pop(0) if queue else ""
+            fault = self.server.away or (queue.pop(0) if queue else "")
         path = self.server.folder / name
-        if fault in ("500", "404", "403") or not path.is_file():
+        if fault.isdigit() or not path.is_file():
             self.send_error(int(fault or "404"))
             return
-        body = path.read_bytes()
+        if fault == "silent":
+            time.sleep(self.server.slow_s)
+        body = PAGE if fault == "page" else path.read_bytes()
         status = 200
         if asked_range and fault != "ignore":
             first, last = asked_range.removeprefix("bytes=").split("-")

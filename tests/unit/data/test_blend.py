@@ -56,6 +56,7 @@ def test_weights_are_read_as_the_decimals_they_are_written_as(weights: dict[str,
         ({"a": float("nan")}, "negative or all zero"),
         ({"a": float("inf")}, "negative or all zero"),
         ({"a": 0.12345678, "b": 0.5}, "repeat only after"),
+        ({"a": 0.12345678, "b": 0.0, "c": 1e-9}, "repeat only after"),
     ],
 )
 def test_unusable_weights_are_refused_with_a_remedy(weights: dict[str, float], words: str) -> None:
@@ -64,6 +65,7 @@ def test_unusable_weights_are_refused_with_a_remedy(weights: dict[str, float], w
     if "repeat" in words:
         near = eval_dict(caught.value.fix)
         assert sum(whole_units(near).values()) <= MAX_PERIOD
+        assert [near[name] > 0 for name in weights] == [weight > 0 for weight in weights.values()]
 
 
 def eval_dict(fix: str) -> dict[str, float]:

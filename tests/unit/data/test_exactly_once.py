@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from tests.unit.data.corpora import EOD, numbered_documents, store_of_sizes, write_corpus
 from transmamba.batches import Batches, MicroBatch
+from transmamba.data_pipeline import stream as stream_module
 from transmamba.data_pipeline.blend import Stage
 from transmamba.data_pipeline.manifest import Manifest
 from transmamba.data_pipeline.mixture import Mixture
+from transmamba.data_pipeline.order import EpochOrder
 from transmamba.data_pipeline.stream import Stream
 from transmamba.data_pipeline.tokens import TokenStore
 from transmamba.ledger import audit, read_ledger
@@ -161,6 +163,24 @@ def test_a_batch_that_crosses_look_ups_and_epochs_is_made_of_its_rows(corpora: l
     assert np.array_equal(fresh().tokens(first, 20), together.tokens_BT)
     with pytest.raises(ValueError, match="negative"):
         fresh().rows(-1, 1)
+
+
+def test_a_source_of_one_window_makes_no_look_up_long(corpora: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Counter[str]()
+
+    def counted(*args: Any, **options: Any) -> EpochOrder:
+        made["orders"] += 1
+        return EpochOrder(*args, **options)
+
+    monkeypatch.setattr(stream_module, "EpochOrder", counted)
+    streams = {
+        name: Stream(TokenStore(corpora[i], "train"), seq_len=SEQ_LEN, seed=1, shuffle_shards="all")
+        for name, i in {"one": 0, "many": 3}.items()
+    }
+    mixture = Mixture(streams, [Stage(0, {"one": 1.0, "many": 1.0})])
+    assert (streams["one"].n_windows, streams["many"].n_windows) == (1, 92)
+    mixture.samples(0, 8)
+    assert 8 <= made["orders"] < 20
 
 
 @pytest.mark.parametrize("dps", [(1, 2, 4), (3, 1), (2, 2)])

@@ -10,8 +10,8 @@ import pytest
 import xxhash
 
 from transmamba.data_pipeline.holdout import Sample, cut_position, text_fraction
+from transmamba.data_pipeline.listing import find_files
 from transmamba.data_pipeline.parts import Part, cut_parts
-from transmamba.data_pipeline.sources import find_files
 from transmamba.data_pipeline.survey import Question, Survey, find_copies, join_surveys, survey_part, training_sample
 
 

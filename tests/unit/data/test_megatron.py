@@ -188,6 +188,7 @@ def test_what_cannot_be_taken_in_is_refused_and_nothing_is_left_behind(
         ("--eod-token", "</s>", "tokenizer: no special token '</s>' to end documents with (it has: <|endoftext|>)"),
         ("--validation-share", "0", "validation_share: 0.0 is no share"),
         ("--validation", "none", "none.idx: no such file"),
+        ("--validation", "./here/../given", "--validation: here/../given is what is trained on"),
         ("--out", "given.bin", "given.bin: exists and is not a folder"),
     ],
 )
@@ -198,6 +199,7 @@ def test_an_option_that_cannot_be_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     text[0].save("tokenizer.json")
     write_megatron(Path("given"), [[[1, 2, EOD]], [[3, 4]]])
+    Path("here").mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
     options = {"--tokenizer": "tokenizer.json", "--out": "data"} | {option: value}
     words = [word for pair in options.items() for word in pair]

@@ -36,17 +36,17 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(lines: Path, out: Path) -> subprocess.Popen[str]:
+def start(lines: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     options = ["--workers", "2", "--vocab-size", "400", "--dedup", "--block-tokens", "4096", "--shard-tokens", "8192"]
-    command = [sys.executable, "-c", COMMAND, "data", "prepare", str(lines), "--out", str(out), *options]
+    command = [sys.executable, "-c", COMMAND, "data", "prepare", str(lines), "--out", str(out), *options, *more]
     environment = {**os.environ, "COLUMNS": "200"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def finish(lines: Path, out: Path) -> str:
+def finish(lines: Path, out: Path, *more: str) -> str:
     """Run to the end; returns what it said."""
-    process = start(lines, out)
+    process = start(lines, out, *more)
     said, complained = process.communicate(timeout=120)
     assert process.returncode == 0, complained
     assert f"next         python -m transmamba.train data.path={out}" in said
@@ -153,7 +153,9 @@ def test_however_it_is_interrupted_it_goes_on_without_redoing_finished_shards(
 
 
 @pytest.mark.long
-def test_changed_text_starts_anew_and_says_so(lines: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_changed_text_is_refused_and_starts_anew_when_told(
+    lines: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
     copy, out = tmp_path / "x.jsonl", tmp_path / "data"
     copy.write_bytes(lines.read_bytes())
     process = start(copy, out)
@@ -161,7 +163,13 @@ def test_changed_text_starts_anew_and_says_so(lines: Path, expected: dict[str, b
     interrupt(process, "kill")
     with copy.open("a") as file:
         file.write('{"text": "one more"}\n')
-    complained = finish(copy, out)
+    kept = finished_shards(work_folder_of(out))
+    process = start(copy, out)
+    _, complained = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"was begun with other files (changed: {copy}). Fix: put them back, or give --replace" in complained
+    assert kept == finished_shards(work_folder_of(out))
+    complained = finish(copy, out, "--replace")
     assert "starting anew, because of other sources than before" in complained
     assert "going on" not in complained
     assert files_of(out) != expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,11 @@ def folder(tmp_path: Path) -> Path:
     train_tokenizer(["a b c"], vocab_size=257).save(str(place / "bytes.json"))
     (place / "remote").mkdir()
     (place / "remote" / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["t.T", None]}}))
+    (place / "gone.txt").symlink_to("nowhere.txt")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "empty.txt.gz").write_bytes(b"")
+    (place / "linked").symlink_to("../other")
+    (place / "twice.jsonl").write_text('{"text": "a", "text": "b"}\n')
     return place
 
 
@@ -58,6 +64,10 @@ CASES = [
     (["named.txt"], "named.txt: holds packed data, not text"),
     (["cut.txt.gz"], "cut.txt.gz: its gzip data are damaged or cut off"),
     (["blank.md"], r"sources: no documents found \(1 are empty\)"),
+    (["good.txt", "gone.txt"], "gone.txt: is a link to nowhere.txt, where nothing is. Fix: mount or fetch that"),
+    (["linked"], "linked/empty.txt.gz: its gzip data are damaged or cut off .0 bytes.. Fix: copy it again"),
+    (["good.txt", ""], "sources: '' names nothing. Fix: name files, folders, globs or URLs"),
+    (["good.txt", "twice.jsonl"], "twice.jsonl:1: field 'text' is there 2 times. Fix: write the line with one of"),
     (["s4://bucket/x.txt"], "s4://bucket/x.txt: cannot be opened"),
     (["gs://bucket/x.txt"], "no package for gs:// is installed. Fix: run `pip install gcsfs`"),
     (["good.txt", "--tokenizer", "none.json"], "none.json: no such tokenizer file. Fix: give the tokenizer.json"),
@@ -93,7 +103,7 @@ def test_bad_input_is_refused_with_one_line_and_nothing_is_created(
 def test_the_same_command_has_nothing_to_do_and_another_one_is_refused(folder: Path) -> None:
     command = ["data", "prepare", str(folder / "good.txt"), "--out", str(folder / "made"), "--workers", "1"]
     assert CliRunner().invoke(app, [*command, "--vocab-size", "300"]).exit_code == 0
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     again = CliRunner().invoke(app, [*command, "--vocab-size", "300"])
     assert again.exit_code == 0
     assert "is already there" in again.output
@@ -101,8 +111,32 @@ def test_the_same_command_has_nothing_to_do_and_another_one_is_refused(folder: P
     other = CliRunner().invoke(app, [*command, "--vocab-size", "301"])
     assert other.exit_code == 2
     assert "made: holds data made with --vocab-size 300 instead of 301. Fix: choose another --out" in other.output
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
     assert CliRunner().invoke(app, [*command, "--vocab-size", "301", "--replace"]).exit_code == 0
+
+
+def test_what_files_of_other_kinds_were_left_out_is_said(folder: Path) -> None:
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    for name in ("a.json", "b.json", "c.json", "d.png"):
+        (mixed / name).touch()
+    shutil.copyfile(folder / "good.txt", mixed / "good.txt")
+    command = ["data", "prepare", str(mixed), "--out", str(folder / "made"), "--vocab-size", "300"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0
+    assert "left out, as files of other kinds: 3 .json, 1 .png" in result.output
+    assert "(4 files of other kinds skipped)" in result.output
+
+
+def test_a_source_without_text_beside_others_is_refused(folder: Path) -> None:
+    (folder / "mounted" / "nothing").mkdir(parents=True)
+    sources = [str(folder / "good.txt"), str(folder / "mounted")]
+    result = CliRunner().invoke(
+        app, ["data", "prepare", *sources, "--out", str(folder / "made"), "--vocab-size", "300"]
+    )
+    assert result.exit_code == 2
+    assert "mounted: no documents found. Fix: give files that end in .txt" in result.output
+    assert not (folder / "made").exists()
 
 
 def test_shards_are_little_larger_than_their_tokens(tmp_path: Path) -> None:

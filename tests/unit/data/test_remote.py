@@ -216,6 +216,33 @@ def test_a_server_that_falls_silent_is_asked_again(
     assert server.asked[FIRST] == 2
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
+def test_a_login_page_is_said_at_once(name: str, server: FaultyServer, cache: Cache) -> None:
+    server.faults[name] = ["page"] * 9
+    words = rf"{server.url}/{name}: a web page came instead of the file \(<!DOCTYPE html> <html>.*the URL and the login"
+    with pytest.raises(DataError, match=words) as caught:
+        opened(server.url, cache)
+    assert not isinstance(caught.value, DamagedData)
+    assert server.asked[name] == 1
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_a_refusal_is_no_missing_file(status: str, server: FaultyServer, cache: Cache) -> None:
+    server.faults["manifest.json"] = [status]
+    with pytest.raises(DataError, match=rf"manifest.json: access is refused \(ClientResponseError: {status}"):
+        opened(server.url, cache)
+
+
+def test_a_silent_server_is_told_about(
+    server: FaultyServer, cache: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote, "_PATIENT_S", 0.1)
+    server.slow_s = 1.0
+    server.faults["manifest.json"] = ["silent"]
+    opened(server.url, cache)
+    assert f"{server.url}/manifest.json: no answer for 0 s, still waiting" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "train.blocks"])
 def test_what_is_missing_beside_a_manifest_is_named(name: str, server: FaultyServer, cache: Cache) -> None:
     server.faults[name] = ["404"]
@@ -236,13 +263,14 @@ def test_a_disk_that_is_full_before_the_first_shard_is_one_line(
     assert not list(cache.folder.glob(".new-*"))
 
 
+@pytest.mark.parametrize("fault", ["slow", "silent"])
 def test_a_slow_first_fetch_says_how_far_it_is(
-    server: FaultyServer, cache: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fault: str, server: FaultyServer, cache: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(crew, "_PATIENT_S", 0.0)
     server.slow_s = 1.3
     store = opened(server.url, cache).store("train")
-    server.faults[FIRST] = ["slow"]
+    server.faults[FIRST] = [fault]
     store.read(0, 5)
     assert f"waiting for {FIRST} from {server.url}: 0 of 0 MB" in capsys.readouterr().err
 
@@ -250,7 +278,7 @@ def test_a_slow_first_fetch_says_how_far_it_is(
 def test_a_long_pause_is_announced(
     server: FaultyServer, cache: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(remote, "_NOTABLE_PAUSE_S", 0.0)
+    monkeypatch.setattr(remote, "_NOTABLE_S", 0.0)
     server.faults["manifest.json"] = ["500"]
     opened(server.url, cache)
     line = f"{server.url}/manifest.json: attempt 1 of 4 failed (ClientResponseError: 500"

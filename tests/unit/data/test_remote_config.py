@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 
 from tests.unit.data.corpora import numbered_documents, write_corpus
-from tests.unit.data.remote_server import FaultyServer
+from tests.unit.data.remote_server import FaultyServer, serve
 from transmamba.compose import load
 from transmamba.config import Config
 from transmamba.corpus import open_corpus
+from transmamba.data_pipeline.errors import DamagedData, DataError
 from transmamba.data_pipeline.manifest import Manifest
 from transmamba.data_pipeline.remote import Patience
+from transmamba.data_pipeline.remote_shards import bytes_in_order
 from transmamba.data_pipeline.remote_verify import verify_remote
+from transmamba.data_pipeline.tokens import TokenStore
 from transmamba.validate_data import data_problems
 
 QUICK = Patience(attempts=2, first_pause_s=0.005, longest_pause_s=0.01)
@@ -25,6 +29,15 @@ QUICK = Patience(attempts=2, first_pause_s=0.005, longest_pause_s=0.01)
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("origin")
     return write_corpus(folder, numbered_documents([40] * 20), shard_tokens=192, block_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def held_long(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Validation shards that are far larger than those of training."""
+    folder = tmp_path_factory.mktemp("long")
+    documents = numbered_documents([40] * 60)
+    manifest = write_corpus(folder, documents[:2], shard_tokens=64, block_tokens=64, held_out=documents[2:])
+    return manifest
 
 
 def config_of(url: str, cache: Path, *overrides: str) -> Config:
@@ -54,7 +67,18 @@ def test_a_run_reads_from_a_url_what_it_reads_from_the_folder(
         ("data.path", "data.path={url}/nothing", "no such file", "check the URL"),
         ("validation.sets.far", "+validation.sets.far={url}/nothing", "no such file", "check the URL"),
         ("data.path", "data.path=nowhere://x", "cannot be opened", "use a path or a URL"),
-        ("data.cache_gib", "data.cache_gib=1e-5", "of shards at a time", "a smaller data.shuffle_shards"),
+        (
+            "data.cache_gib",
+            "data.cache_gib=3e-5",
+            "data.shuffle_shards=16 reads up to 6.79e-05 GiB of shards at a time",
+            "use data.cache_gib=1, or data.shuffle_shards=1",
+        ),
+        (
+            "data.cache_gib",
+            "data.cache_gib=1e-6",
+            "of shards at a time",
+            "use data.cache_gib=1",
+        ),
     ],
 )
 def test_a_url_that_cannot_be_used_is_a_problem_of_its_key(
@@ -63,7 +87,54 @@ def test_a_url_that_cannot_be_used_is_a_problem_of_its_key(
     config = config_of(server.url, tmp_path, override.format(url=server.url))
     (problem,) = [problem for problem in data_problems(config) if problem.key == key]
     assert words in problem.problem
-    assert fix in problem.fix
+    assert problem.fix.startswith(fix)
+
+
+def test_a_cache_that_validation_does_not_fit_into_is_refused_before_the_run(
+    server: FaultyServer, held_long: Manifest, tmp_path: Path
+) -> None:
+    """Training needs two shards of one block, validation two of four."""
+    with serve(held_long.folder) as far:
+        needed = bytes_in_order(held_long, 2 * 8 + 1)
+        config = config_of(far.url, tmp_path, "data.shuffle_shards=1", f"data.cache_gib={(needed - 1) / 2**30}")
+        (problem,) = data_problems(config)
+        assert (problem.key, problem.fix) == ("data.cache_gib", "use data.cache_gib=1")
+        assert problem.problem.startswith("validation reads up to ")
+        # The same set beside training data on disk, and a cache that it fits into.
+        sets = ("data.shuffle_shards=1", f"+validation.sets.far={far.url}")
+        own = config_of(str(held_long.folder), tmp_path, *sets, f"data.cache_gib={(needed - 1) / 2**30}")
+        assert [problem.key for problem in data_problems(own)][-1:] == ["data.cache_gib"]
+        config = config_of(far.url, tmp_path, "data.shuffle_shards=1", f"data.cache_gib={needed / 2**30}")
+        assert list(data_problems(config)) == []
+        near = TokenStore(held_long, "validation")
+        stream = open_corpus(config).held_stream("validation", config)
+        assert stream.n_sequential_windows > 100
+        for first in range(0, stream.n_sequential_windows - 1, 2):
+            windows = stream.sequential(first, 2)
+            assert np.array_equal(windows.tokens_BT[0], near.read(8 * first, 8 * first + 9))
+        # What every rank without windows of its own reads at the end.
+        assert np.array_equal(stream.sequential(0, 1).tokens_BT[0], near.read(0, 9))
+
+
+def test_a_shard_that_is_trained_on_and_validated_on_is_seen_whatever_its_names(tmp_path: Path) -> None:
+    documents = numbered_documents([40] * 20)
+    both = write_corpus(tmp_path / "both", documents, shard_tokens=192, block_tokens=64, held_out=documents)
+    (problem,) = data_problems(config_of(str(both.folder), tmp_path))
+    assert "validates on a shard that it trains on (train-000000.tar)" in problem.problem
+
+
+def test_verify_says_no_damage_where_none_was_seen(server: FaultyServer, tmp_path: Path) -> None:
+    for fault in ("403", "503"):
+        server.faults["train-000001.tar"] = [fault] * 9
+        server.faults["train-000002.tar"] = ["slow"]
+        with (
+            pytest.raises(DataError, match=r"access is refused|cannot be fetched") as caught,
+            TemporaryDirectory(dir=tmp_path) as scratch,
+        ):
+            verify_remote(server.url, Path(scratch), patience=QUICK, progress=False)
+        assert caught.value.what == f"{server.url}/train-000001.tar"
+        assert not isinstance(caught.value, DamagedData)
+        server.faults.clear()
 
 
 def test_verify_names_every_shard_that_is_not_as_written(

@@ -48,8 +48,8 @@ def test_every_window_comes_once_per_epoch_whatever_the_shards_and_restarts(
     def fresh() -> Stream:
         return Stream(store_of_sizes(sizes), seq_len=seq_len, seed=seed, shuffle_shards=shuffle_shards)
 
-    n = fresh().n_windows
-    assert n * seq_len + fresh().n_dropped_tokens == sum(sizes) - 1
+    n, n_targets = fresh().n_windows, sum(sizes) - 1
+    assert n == (-(-n_targets // seq_len) if n_targets >= seq_len else 0)
     if n == 0:
         return
     whole = fresh().window_numbers(np.arange(3 * n))
@@ -75,10 +75,13 @@ def test_every_token_but_the_first_is_a_target_once_per_epoch(
 ) -> None:
     store = TokenStore(make_corpus(LENGTHS), "train")
     stream = Stream(store, seq_len=13, seed=3, shuffle_shards=shuffle_shards)
-    targets = stream.rows(0, stream.n_windows).tokens_BT[:, 1:]
-    everything = store.read(1, store.n_tokens - stream.n_dropped_tokens)
-    assert np.array_equal(np.sort(targets.ravel()), np.sort(everything))
-    assert stream.n_dropped_tokens == (sum(LENGTHS) - 1) % 13
+    windows = stream.rows(0, stream.n_windows)
+    n_targets = store.n_tokens - 1
+    assert 0 < windows.tokens_BT[:, 1:].size - n_targets < 13
+    # A target that follows a document's end has no weight, nor has padding.
+    everything = store.read(0, store.n_tokens)
+    counted = everything[1:][everything[:-1] != EOD]
+    assert np.array_equal(np.sort(windows.tokens_BT[:, 1:][windows.weight_BT]), np.sort(counted))
 
 
 @pytest.mark.parametrize("first", [0, 24, 30])
@@ -103,7 +106,7 @@ def test_a_global_batch_is_the_same_for_every_split_into_ranks_and_micro_batches
 
 def test_a_batch_may_be_longer_than_an_epoch(make_corpus: MakeCorpus) -> None:
     stream = Stream(TokenStore(make_corpus([50, 60]), "train"), seq_len=20, seed=3, shuffle_shards="all")
-    assert stream.n_windows == 5
+    assert stream.n_windows == 6  # 109 targets
     assert_equal_windows(stream.rows(0, 13), joined([stream.rows(p, 1) for p in range(13)]))
 
 
@@ -116,13 +119,33 @@ def test_document_starts_and_weights_are_those_of_the_text(make_corpus: MakeCorp
     numbers = stream.window_numbers(np.arange(stream.n_windows)).tolist()
     for row, number in enumerate(numbers):
         begin = 13 * number
-        assert windows.tokens_BT[row].tolist() == everything[begin : begin + 14].tolist()
+        n_real = min(14, len(everything) - begin)
+        assert windows.tokens_BT[row].tolist() == [*everything[begin : begin + 14].tolist(), *[EOD] * (14 - n_real)]
         inside = starts[(starts > begin) & (starts < begin + 13)] - begin
         assert windows.starts[row].tolist() == [0, *inside.tolist()]
-        assert windows.weight_BT[row].tolist() == (everything[begin : begin + 13] != EOD).tolist()
+        weight = (everything[begin : begin + 13] != EOD).tolist()
+        assert windows.weight_BT[row].tolist() == [*weight, *[False] * (13 - len(weight))]
     assert 0 < windows.weight_BT.mean() < 1
     assert windows.tokens_BT.dtype == np.int64
     assert windows.weight_BT.dtype == np.bool_
+
+
+@pytest.mark.parametrize("seq_len", [1, 13, 31, 465, 466])
+def test_the_last_window_is_padded_alike_in_training_and_in_order(make_corpus: MakeCorpus, seq_len: int) -> None:
+    stream = Stream(TokenStore(make_corpus(LENGTHS), "train"), seq_len=seq_len, seed=3, shuffle_shards=2)
+    numbers = stream.window_numbers(np.arange(stream.n_windows))
+    shuffled, ordered = stream.rows(0, stream.n_windows), stream.sequential(0, stream.n_sequential_windows)
+    assert_equal_windows(
+        shuffled,
+        Windows(ordered.tokens_BT[numbers], [ordered.starts[n] for n in numbers], ordered.weight_BT[numbers]),
+    )
+
+
+def test_empty_documents_and_padding_begin_none() -> None:
+    tokens = np.array([[5, EOD, EOD, 7, 8, EOD, 9], [EOD, EOD, 4, EOD, EOD, EOD, EOD]])
+    windows = Windows.of_tokens(tokens, EOD)
+    assert [row.tolist() for row in windows.starts] == [[0, 3], [0, 2]]
+    assert windows.weight_BT.tolist() == [[True, False, False, True, True, False], [False, False, True] + 3 * [False]]
 
 
 @pytest.mark.parametrize("seq_len", [1, 13, 31, 466, 467, 1000])

@@ -21,8 +21,9 @@ from pyarrow import parquet
 
 from transmamba.data_pipeline import sources as module
 from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.listing import find_files
 from transmamba.data_pipeline.parts import LEAST_PART_BYTES, Piece, Reading, cut_parts, part_size
-from transmamba.data_pipeline.sources import SourceFile, UnreadableSource, find_files
+from transmamba.data_pipeline.sources import SourceFile, UnreadableSource
 from transmamba.data_pipeline.text import nearest_existing
 
 LINES = [{"text": f"zeile {i} ü" + "x" * (i % 37), "n": i} for i in range(300)]
@@ -80,6 +81,13 @@ def test_parquet_gives_the_rows_of_a_column(tmp_path: Path) -> None:
     assert [text for _, text in read([tmp_path])] == ["a", "b", "a"]
 
 
+def test_a_column_is_found_by_its_whole_name(tmp_path: Path) -> None:
+    inner = pa.array([{"text": "wrong"}], pa.struct([("text", pa.string())]))
+    parquet.write_table(pa.table({"meta": inner, "meta.text": ["right"], "text": ["other"]}), tmp_path / "x.parquet")
+    assert [text for _, text in read([tmp_path], field="meta.text")] == ["right"]
+    assert [text for _, text in read([tmp_path])] == ["other"]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_cut_lines_are_read_exactly_once_wherever_the_cuts_fall(tmp_path: Path, seed: int) -> None:
     generator = random.Random(seed)
@@ -123,6 +131,7 @@ def test_parts_are_runs_of_whole_files_or_pieces_of_a_big_one() -> None:
         (b'{"text": "x"', r"x.jsonl:301: not JSON"),
         (b'["text"]', r"x.jsonl:301: a JSON list"),
         (b'{"text": "\\ud800"}', r"x.jsonl:301: field 'text' has half a surrogate pair"),
+        (b'{"text": "a", "id": 3, "text": "b"}', r"x.jsonl:301: field 'text' is there 2 times"),
         (b"[" * 100_000, r"x.jsonl:301: JSON that cannot be read"),
         (b'{"text": ' + b"9" * 10_000 + b"}", r"x.jsonl:301: JSON that cannot be read"),
         (b'{"text": "\xff"}', rf"x.jsonl: not UTF-8 at byte offset {len(JSONL) + 10}"),
@@ -138,6 +147,11 @@ def test_a_bad_json_line_is_named(tmp_path: Path, line: bytes, message: str, siz
         file.write(JSONL + line + b"\n")
     with pytest.raises(DataError, match=message.replace("jsonl", r"jsonl.gz")):
         read([tmp_path / "x.jsonl.gz"])
+
+
+def test_other_members_may_be_there_twice_and_nested(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "id": {"text": "b", "n": [{}]}, "id": 4}\n')
+    assert [text for _, text in read([tmp_path])] == ["a"]
 
 
 def test_texts_of_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -172,6 +186,25 @@ def test_damaged_and_shortened_files_are_refused(tmp_path: Path, name: str) -> N
         path.write_bytes(data)
         with pytest.raises(DataError, match=rf"{name}: (its \w+ data are damaged|not parquet, or damaged)"):
             read([path])
+
+
+def test_a_flipped_bit_is_found_where_the_pages_of_parquet_have_checksums(tmp_path: Path) -> None:
+    path, texts = tmp_path / "x.parquet", [f"{i} text" for i in range(2000)]
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    parquet.write_table(pa.table({"text": texts}), path, **options)
+    assert [text for _, text in read([path])] == texts
+    data = bytearray(path.read_bytes())
+    data[data.index(b"1000 text")] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"x.parquet: not parquet, or damaged \(.*CRC.*\); copy or write it again"):
+        read([path])
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    arrays = [pa.array(["a"]), pa.array(["z"])]
+    parquet.write_table(pa.Table.from_arrays(arrays, names=["text", "text"]), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x.parquet: column 'text' is there 2 times; write it with one of them"):
+        read([tmp_path])
 
 
 def test_a_missing_or_foreign_column_is_named(tmp_path: Path) -> None:
@@ -269,6 +302,9 @@ def test_bad_urls_are_refused_by_name(bucket: str, source: str, message: str) ->
 class _Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         """Files, but of one only the first bytes, as when a connection breaks."""
+        if self.path == "/locked.txt":
+            self.send_error(401)
+            return
         if self.path != "/cut.txt":
             super().do_GET()
             return
@@ -305,6 +341,8 @@ def test_a_plain_web_server_is_enough(server: str) -> None:
     assert (file.n_bytes, bool(file.stamp)) == (len(JSONL), True)
     with pytest.raises(DataError, match=r"none.txt: no such file or folder; check the URL"):
         find_files([f"{server}/none.txt"])
+    with pytest.raises(DataError, match=r"locked.txt: cannot be read \(the server answers with status 401\); check"):
+        find_files([f"{server}/locked.txt"])
 
 
 def test_a_broken_connection_is_no_end_of_a_text(server: str, tmp_path: Path) -> None:
