@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -87,6 +87,7 @@ class RandomRows:
     """Stands in for the stream of a corpus: row k is the same whoever asks for it; rows carry unequal weights."""
 
     seq_len = TOKENS
+    streams: ClassVar[dict[str, object]] = {}
 
     def rows(self, first: int, count: int) -> Windows:
         """Rows `first` to `first + count` of the global order."""
