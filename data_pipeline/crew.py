@@ -13,8 +13,9 @@ from transmamba.data_pipeline.remote import Unreachable
 _N_THREADS = 8
 # A reader that waits longer is told how far its shard is, and then again and again.
 _PATIENT_S, _TELL_EVERY_S = 5.0, 30.0
-# A fetch that gives no sign for longer waits for something else than the store.
-_SILENT_S = 120.0
+# A fetch that gives no sign for longer waits for something else than the store. What opens S3 tries a silent server
+# for many minutes before it says so.
+_SILENT_S = 900.0
 _MB = 1e6
 
 
@@ -97,9 +98,9 @@ class Crew:
     def rest(self) -> None:
         """Fetch nothing more, and wait for the end of what is on its way."""
         with self._changed:
-            self._queue.clear()
-            self._missed.clear()
-            while self._busy:
+            while self._busy or self._queue:
+                self._queue.clear()
+                self._missed.clear()
                 self._changed.wait(1.0)
 
     def _is_tried(self, shard: Shard) -> bool:
@@ -109,11 +110,11 @@ class Crew:
 
     def _tell(self, shard: Shard) -> None:
         transfer = self._transfers.get(shard.name)
-        # Another process that fetches it tells its own reader.
-        if transfer is not None and transfer.came is not None:
-            came = min(transfer.came, shard.n_bytes) / _MB
-            line = f"waiting for {shard.name} from {self._source}: {came:.0f} of {shard.n_bytes / _MB:.0f} MB"
-            print(line, file=sys.stderr, flush=True)
+        if transfer is not None:
+            how = "another process fetches it"
+            if transfer.came is not None:
+                how = f"{min(transfer.came, shard.n_bytes) / _MB:.0f} of {shard.n_bytes / _MB:.0f} MB"
+            print(f"waiting for {shard.name} from {self._source}: {how}", file=sys.stderr, flush=True)
 
     def _hire(self) -> None:
         wanted = min(_N_THREADS, len(self._queue) + len(self._busy))

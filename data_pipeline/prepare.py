@@ -28,6 +28,7 @@ from transmamba.data_pipeline.definition import (
 from transmamba.data_pipeline.docstrings import MAX_CHARS, MIN_CHARS, MIN_SHARE, read_installed_docstrings
 from transmamba.data_pipeline.encoding import SHARDS
 from transmamba.data_pipeline.errors import DataError
+from transmamba.data_pipeline.holdout import LARGEST_SHARE
 from transmamba.data_pipeline.listing import find_files
 from transmamba.data_pipeline.manifest import FORMAT_VERSION, SPLITS, Manifest, load_manifest, save_manifest
 from transmamba.data_pipeline.parts import LEAST_PART_BYTES, cut_parts, part_size
@@ -180,8 +181,9 @@ def summary_lines(manifest: Manifest, elapsed_s: float | None = None) -> list[st
 
 
 def _check_options(options: Options) -> None:
-    if not 0 < options.validation_share < 1:
-        raise DataError("validation_share", f"{options.validation_share} is no share", "use a number between 0 and 1")
+    if not 0 < options.validation_share <= LARGEST_SHARE:
+        fix = f"use a number above 0, at most {LARGEST_SHARE}"
+        raise DataError("validation_share", f"{options.validation_share} is no share to hold out", fix)
     check_vocab_size(options.vocab_size)
     for name in ("shard_tokens", "workers"):
         value = getattr(options, name)

@@ -144,7 +144,7 @@ def check_reversible(tokenizer: Tokenizer) -> None:
         try:
             spelling.check_probe(tokenizer, f"a{token}b {token} c\n{token}\n \t{token}  d")
         except DataError as error:
-            fix = 'set its "lstrip" and "rstrip" to false in the tokenizer.json, or its "special" to true'
+            fix = 'set its "special" to true in the tokenizer.json, or its "lstrip" and "rstrip" to false'
             raise DataError(f"tokenizer, beside its token {token!r}", error.problem, fix) from error
 
 

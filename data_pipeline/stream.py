@@ -175,6 +175,20 @@ class Stream:
         self._read_on(first * self.seq_len, min((first + count) * self.seq_len + 1, self.store.n_tokens))
         return Windows.of_tokens(self.tokens(np.arange(first, first + count)), self.store.eod_id)
 
+    def token_counts(self) -> np.ndarray:
+        """How often every token id occurs in the split, up to the largest that does: int64.
+
+        Raises:
+            DamagedData: a block does not match its digest.
+        """
+        counts = np.zeros(0, dtype=np.int64)
+        for start, stop in itertools.pairwise(self.store.shard_first_tokens.tolist()):
+            self._read_on(start, stop)
+            more = np.bincount(self.store.read(start, stop), minlength=len(counts))
+            more[: len(counts)] += counts
+            counts = more
+        return counts
+
     def _n_windows_of(self, seq_len: int) -> int:
         return -(-self._n_targets // seq_len) if self._n_targets >= seq_len else 0
 

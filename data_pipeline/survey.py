@@ -11,7 +11,6 @@ import xxhash
 
 from transmamba.data_pipeline.errors import DataError
 from transmamba.data_pipeline.holdout import (
-    LARGEST_SHARE,
     Cut,
     Holdout,
     Sample,
@@ -33,22 +32,13 @@ _ADVANCE_CHARS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the first pass is asked; the arguments of `transmamba data prepare` by these names.
-
-    Raises:
-        DataError: `validation_share` is more than half.
-    """
+    """What the first pass is asked; the arguments of `transmamba data prepare` by these names."""
 
     field: str
     seed: int
     validation_share: float
     sample_chars: int
     n_source_bytes: int
-
-    def __post_init__(self) -> None:
-        if self.validation_share > LARGEST_SHARE:
-            problem = f"{self.validation_share} is more than half of the text"
-            raise DataError("validation_share", problem, f"use {LARGEST_SHARE} or less")
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,8 @@ def begin(
     digests = _digests(plan)
     earlier = _earlier(folder)
     if {name: digest for name, digest in earlier.items() if name != _FILES} == digests:
+        if _FILES not in earlier:  # begun by a version that did not write them down
+            save_record(folder / _PLAN, {**digests, _FILES: list(files)})
         return []
     changed = differences(folder, plan)
     _clear(folder, keep)

@@ -23,9 +23,8 @@ class Held:
 
     def unigram_entropy(self) -> float:
         """Entropy in nats per token of the set's own token frequencies: what counting alone can reach."""
-        store = self.stream.store
-        counts = np.bincount(store.read(0, store.n_tokens))
-        share = counts[counts > 0] / store.n_tokens
+        counts = self.stream.token_counts()
+        share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log(share)).sum())
 
     @property

@@ -12,7 +12,7 @@ import torch
 from transmamba import resume
 from transmamba.batches import MicroBatch
 from transmamba.config import tokens_per_step, total_steps
-from transmamba.errors import EXIT_DONE, EXIT_NON_FINITE, RunError
+from transmamba.errors import EXIT_DONE, EXIT_NON_FINITE, EXIT_STOP_FILE, RunError
 from transmamba.evaluate import HeldOut, held_out
 from transmamba.heartbeat import Heartbeat, Phase
 from transmamba.layer_stats import layer_stats
@@ -73,10 +73,12 @@ def train_steps(
                 started = time.perf_counter()
                 heartbeat.beat(done, Phase.STEP)
                 if not run.batches.ready(step, lambda: stop.code is not None):
+                    code = topology.agree(stop.code or 0) or EXIT_STOP_FILE
                     heartbeat.beat(step, Phase.SAVE)
                     if step > first and step % config.checkpoint.every:
                         save(run, step, saver, is_last=True)
-                    return _stopped(run, stop, topology.agree(stop.code or 0), step, journal)
+                    saver.finish_last()
+                    return _stopped(run, stop, code, step, journal)
                 with watched as layers:
                     trained = train_step(run, step)
                 record = meter.record(trained, time.perf_counter() - started)
@@ -105,9 +107,9 @@ def train_steps(
 
 def _stopped(run: Run, stop: StopRequest, code: int, step: int, journal: Journal) -> int:
     """Note that the run stops after `step` because it was asked to; returns `code`."""
+    cause = stop.cause if stop.code == code else "asked of another rank"
     if run.topology.is_first:
         (run.folder / "STOP").unlink(missing_ok=True)
-    cause = stop.cause if stop.code == code else "asked of another rank"
     journal.event("stop", cause=cause, step=step)
     return code
 

@@ -27,7 +27,8 @@ from transmamba.errors import EXIT_HANG, EXIT_RANK_DIED, RunError
 _NOT_FOR_READERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _USUALLY_AHEAD = 2
 _LOOK_EVERY_S = 1.0  # how often a silent reader is looked at
-_WAITS_S = 120.0  # how long a reader's word that it waits for a store holds: longer than a store may be silent
+_WAITS_S = 900.0  # how long a reader's word that it waits for a store holds: longer than a library may try at once
+_SILENCE = "DataLoader timed out"  # how torch begins when nothing came for `_LOOK_EVERY_S`
 
 
 class Rows(NamedTuple):
@@ -151,8 +152,8 @@ class RowReader:
                     what = f"died with exit code {self._process.exitcode}"
                     fix = "look for an out-of-memory kill, and start again"
                     raise self._failure(EXIT_RANK_DIED, what, data_step, fix) from error
-                if not isinstance(error, RuntimeError):
-                    raise
+                if not str(error).startswith(_SILENCE):
+                    raise  # of the reader itself, which has gone on to the next step by now
                 if self._steps.waits():
                     return None
                 if 0 < self._limit_s <= time.monotonic() - began:
@@ -205,7 +206,7 @@ class _Steps(Dataset[Rows | DataError]):
 
     def waits(self) -> bool:
         """Whether the reading process waits for a store."""
-        return time.monotonic_ns() - self._waited[0] < _WAITS_S * 1e9
+        return self._waited[0] > 0 and time.monotonic_ns() - self._waited[0] < _WAITS_S * 1e9
 
 
 def _checked(rows: Rows | DataError) -> Rows:

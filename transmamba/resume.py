@@ -57,8 +57,9 @@ def check_belongs(checkpoint: Checkpoint, config: Config, fingerprint: str) -> l
     if checkpoint.manifest["data"]["fingerprint"] != fingerprint:
         raise RunError(
             EXIT_CHECKPOINT_MISMATCH,
-            f"data.path: {checkpoint.path} was trained on other tokens or another tokenizer "
-            f"(got {config.data.path}). Fix: point data.path at this run's data, or start anew with another run.dir",
+            f"data.path: {checkpoint.path} was trained on other tokens, another tokenizer or by a version that cut "
+            f"windows otherwise (got {config.data.path}). Fix: point data.path at this run's data, end the run with "
+            "the version that began it, or start anew with another run.dir",
         )
     return changed
 

@@ -117,6 +117,21 @@ def test_a_blocked_reader_is_named_and_ended(manifest: Manifest, monkeypatch: py
         assert reader.process_id is None
 
 
+def test_an_error_of_the_reader_is_raised_and_shifts_no_step(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Mixture.rows
+
+    def fail_first(mixture: Mixture, first: int, count: int) -> object:
+        if first < SIZES["global_batch"]:
+            raise RuntimeError("can't start new thread")
+        return rows(mixture, first, count)
+
+    monkeypatch.setattr(Mixture, "rows", fail_first)
+    with reading(manifest, ahead=2, limit_s=60) as reader, pytest.raises(RuntimeError, match="can't start new thread"):
+        reader.rows(0, 1)
+
+
 def test_damaged_data_is_damaged_data_from_the_reader_too(manifest: Manifest) -> None:
     path = manifest.folder / "train-000000.tar"
     data = bytearray(path.read_bytes())

@@ -76,7 +76,10 @@ CASES = [
     (["good.txt", "--tokenizer", "bytes.json", "--eod-token", "</s>"], "no special token '</s>'.*--eod-token"),
     (["good.txt", "--tokenizer", "remote"], "its tokenizer is code of its own .* never run. Fix: convert it"),
     (["good.txt", "--vocab-size", "100"], "vocab_size: 100 is too small. Fix: use 257 or more"),
-    (["good.txt", "--validation-share", "1"], "validation_share: 1.0 is no share. Fix: use a number between 0 and 1"),
+    (
+        ["good.txt", "--validation-share", "1"],
+        "validation_share: 1.0 is no share to hold out. Fix: use a number",
+    ),
     (["good.txt", "--workers", "0"], "workers: 0 is not positive. Fix: use 1 or more"),
     (["good.txt", "--block-tokens", "1"], "block_tokens: 1 is outside 1,024 to 16,777,216. Fix: use 131,072"),
     (["good.txt", "--out", "image.png"], "image.png: exists and is not a folder"),

@@ -128,7 +128,7 @@ LOSSY: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "ends": (lambda: with_normalizer(normalizers.Strip()), "does not come back"),
     "white space beside a token": (
         lambda: with_token(bpe(), "the", lstrip=True, rstrip=True),
-        'beside its token \'the\': .*set its "lstrip" and "rstrip" to false',
+        'beside its token \'the\': .*or its "lstrip" and "rstrip" to false',
     ),
     "bytes": (
         lambda: bpe([text.replace("Q", "") for text in TEXTS], initial_alphabet=[]),
@@ -142,7 +142,7 @@ LOSSY: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "text that spells a byte": (lambda: sentencepiece(model="unigram"), "does not come back .*<0x"),
     "a space after every token that was added": (
         lambda: with_token(sentencepiece(), "<x>"),
-        "beside its token '<x>': .*or its \"special\" to true",
+        "beside its token '<x>': .*set its \"special\" to true",
     ),
     "spaces when it is decoded": (without_fuse, "does not come back"),
     "joined words": (joined_words, "not a byte-level tokenizer"),

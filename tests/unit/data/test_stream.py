@@ -168,6 +168,12 @@ def test_sequential_windows_cover_the_text_in_order_and_pad_the_last_with_weight
         stream.sequential(0, stream.n_sequential_windows + 1)
 
 
+def test_tokens_are_counted_whatever_the_shards(make_corpus: MakeCorpus) -> None:
+    store = TokenStore(make_corpus(LENGTHS), "train")
+    counts = Stream(store, seq_len=13, seed=3, shuffle_shards="all").token_counts()
+    assert counts.tolist() == np.bincount(store.read(0, store.n_tokens)).tolist()
+
+
 def test_a_split_shorter_than_a_window_is_refused_with_both_numbers(make_corpus: MakeCorpus) -> None:
     stream = Stream(TokenStore(make_corpus([50]), "train"), seq_len=50, seed=3, shuffle_shards="all")
     assert stream.n_windows == 0

@@ -158,7 +158,9 @@ def test_copies_of_the_document_that_is_cut_are_left_out(tmp_path: Path, n_other
 @pytest.mark.parametrize("share", [0.5000001, 0.6, 0.99])
 def test_more_than_half_is_not_held_out(tmp_path: Path, share: float) -> None:
     folder = write_files(tmp_path / "in", TEXTS)
-    with pytest.raises(DataError, match=f"validation_share: {share} is more than half of the text; use 0.5 or less"):
+    with pytest.raises(
+        DataError, match=f"validation_share: {share} is no share to hold out; use a number above 0, at most 0.5"
+    ):
         prepare([str(folder)], tmp_path / "out", vocab_size=300, validation_share=share, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
